@@ -1,0 +1,186 @@
+"""Opening a judge from a folder: checks first, then transformers, never code from the folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from .judge import Judge
+
+log = logging.getLogger(__name__)
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_CONFIGS = ("config.json", *_PROCESSOR, "tokenizer_config.json")
+
+
+class JudgeFolderError(ValueError):
+    """A model folder that is refused; the message names the file and the reason."""
+
+
+def discover_judges(roots: list[Path]) -> dict[str, Path]:
+    """Folders that look like image-text-to-text models, one or two levels below the roots.
+
+    Only ``config.json`` is read; whether the model can really be used is decided when it is loaded.
+
+    Returns:
+        Name (path below its root, with forward slashes) to folder; the first root wins a name.
+    """
+    found: dict[str, Path] = {}
+    for root in roots:
+        for config in sorted((*root.glob("*/config.json"), *root.glob("*/*/config.json"))):
+            if _sees(config):
+                found.setdefault(config.parent.relative_to(root).as_posix(), config.parent)
+    return found
+
+
+def check_folder(folder: Path, root: Path | None = None) -> None:
+    """Refuse a model folder that is incomplete, truncated or would run code, before anything of it is loaded.
+
+    Args:
+        folder: the model's folder.
+        root: the models folder that nothing may link out of; the model's own folder when None.
+
+    Raises:
+        JudgeFolderError: with the file and the reason.
+    """
+    if not (folder / "config.json").is_file():
+        raise JudgeFolderError(f"{folder} is no model folder: it has no config.json.")
+    _check_links(folder, root or folder)
+    config = _read(folder / "config.json")
+    if not any((folder / name).is_file() for name in _PROCESSOR):
+        raise JudgeFolderError(f"{folder} has no {_PROCESSOR[1]}: download the model's processor files too.")
+    if not any((folder / name).is_file() for name in _TOKENIZER):
+        raise JudgeFolderError(f"{folder} has no tokenizer.json: download the model's tokenizer files too.")
+    if (folder / "adapter_config.json").is_file():
+        raise JudgeFolderError(f"{folder} has an adapter_config.json: keep a LoRA adapter in a folder of its own.")
+    _check_remote_code(folder, config)
+    for weights in _weights(folder):
+        _check_safetensors(weights)
+
+
+def load_judge(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    root: Path | None = None,
+    system: str = "",
+    suffix: str = "",
+    template: str = "",
+) -> Judge:
+    """Load the model in ``folder`` as a judge, on the CPU and frozen.
+
+    Args:
+        folder: a local Hugging Face model folder with safetensors weights, processor and tokenizer.
+        dtype: of the weights; as stored when None.
+        attention: "sdpa" or "eager".
+        root: the models folder that nothing in ``folder`` may link out of.
+        system, suffix, template: see ``Judge``.
+
+    Raises:
+        JudgeFolderError: the folder is refused or transformers cannot load it.
+        ValueError: the model cannot be used as a judge.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    check_folder(folder, root)
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with torch.inference_mode(False):
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True, **local
+            )
+            processor = AutoProcessor.from_pretrained(folder, **_tensor_backend(), **local)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise JudgeFolderError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
+    return Judge(model, processor, folder.name, system, suffix, template)
+
+
+def _tensor_backend() -> dict[str, object]:
+    """How this transformers is asked for image processors that keep gradients."""
+    import transformers
+
+    return {"use_fast": True} if int(transformers.__version__.split(".")[0]) < 5 else {"backend": "torchvision"}
+
+
+def _sees(config: Path) -> bool:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(content, dict):
+        return False
+    return any(key in content for key in ("vision_config", "image_token_id", "image_token_index"))
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JudgeFolderError(f"{path} is not readable JSON ({error}): download the file again.") from error
+    if not isinstance(content, dict):
+        raise JudgeFolderError(f"{path} holds no JSON object: download the file again.")
+    return content
+
+
+def _check_links(folder: Path, root: Path) -> None:
+    """Nothing in the folder may lead out of ``root``."""
+    allowed = root.resolve()
+    for path in (folder, *folder.rglob("*")):
+        if not path.resolve().is_relative_to(allowed):
+            raise JudgeFolderError(f"{path} links to {path.resolve()}, outside {allowed}: copy the file there instead.")
+
+
+def _check_remote_code(folder: Path, config: dict) -> None:
+    """``auto_map`` names Python files; it is harmless only where transformers has the class itself."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("model_type") in CONFIG_MAPPING_NAMES:
+        return
+    for name in _CONFIGS:
+        if (folder / name).is_file() and "auto_map" in _read(folder / name):
+            raise JudgeFolderError(
+                f"{folder / name} asks for code from the model folder (auto_map), which is never run: "
+                f'choose a model whose type transformers knows; it does not know "{config.get("model_type")}".'
+            )
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The safetensors files that transformers will read."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read(index).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise JudgeFolderError(f'{index} names "{name}", which is no safetensors file of this folder.')
+            if not (folder / name).is_file():
+                raise JudgeFolderError(f"{folder / name} is missing: download it; the weights are {len(names)} files.")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise JudgeFolderError(
+            f"{folder / pickles[0]} is a pickle, which can run code and is never opened: convert it to safetensors."
+        )
+    raise JudgeFolderError(f"{folder} has no model.safetensors: download the weights.")
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header's own byte count must be the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise JudgeFolderError(f"{path} is truncated at {size} bytes: download it again.")
+        try:
+            header = json.loads(file.read(length))
+            end = max((spec["data_offsets"][1] for name, spec in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JudgeFolderError(f"{path} has no safetensors header: download it again.") from error
+    if size != 8 + length + end:
+        raise JudgeFolderError(f"{path} has {size} bytes where its header needs {8 + length + end}: download it again.")

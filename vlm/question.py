@@ -1,0 +1,45 @@
+"""What a user asks the judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_CLOSED = {"yes": "no", "no": "yes"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a picture and the answer that is wanted.
+
+    Args:
+        text: the question, as a user would type it.
+        answer: the wanted answer; any text, "No" included.
+        weight: share of this question in the loss, greater than 0.
+
+    Raises:
+        ValueError: the text or the answer is empty, or the weight is not positive.
+    """
+
+    text: str
+    answer: str = "Yes"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("The question is empty: type what the judge is to be asked.")
+        if not self.answer.strip():
+            raise ValueError(f'The wanted answer to "{self.text}" is empty: type a word, for example Yes.')
+        if not self.weight > 0:
+            raise ValueError(f'The weight of "{self.text}" is {self.weight}: it must be greater than 0.')
+
+    def opposite(self) -> Question | None:
+        """The same question with Yes and No swapped (case kept), or None when the answer is neither."""
+        other = _CLOSED.get(self.answer.strip().lower())
+        if other is None:
+            return None
+        answer = self.answer.strip()
+        if answer.isupper():
+            other = other.upper()
+        elif answer[0].isupper():
+            other = other.capitalize()
+        return Question(self.text, other, self.weight)
