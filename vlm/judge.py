@@ -58,17 +58,16 @@ class Judge:
         shown = self._shown(images)
         sizes = tuple(tuple(batch.shape[-2:]) for batch in shown)
         prompts = [self.prompts.encode(question.text, question.answer, sizes) for question in questions]
-        pixels = self._pixels(shown, self.prompts.render(questions[0].text, len(shown)))
-        return plain_look(self.model, pixels, prompts, shown[0].shape[0])
+        return plain_look(self.model, self._pixels(shown), prompts, shown[0].shape[0])
 
     @torch.no_grad()
     def ask(self, image: Tensor, text: str, max_new_tokens: int = 64) -> str:
         """The judge's own words: its greedy answer to ``text`` about ``image`` (``[3, H, W]`` or ``[1, 3, H, W]``)."""
         shown = self._shown(image if image.ndim == 4 else image[None])
-        features = self.prompts.process(_rows(shown), self.prompts.render(text, 1))
-        features = {key: self._placed(value) for key, value in features.items()}
+        prompt = self.prompts.inputs.text(self.prompts.render(text, 1), [tuple(shown[0].shape[-2:])])
+        features = {**{key: value.to(self.device) for key, value in prompt.items()}, **self._pixels(shown)}
         tokens = self.model.generate(**features, do_sample=False, max_new_tokens=max_new_tokens)
-        answer = tokens[0, features["input_ids"].shape[1] :]
+        answer = tokens[0, prompt["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _shown(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -77,24 +76,8 @@ class Judge:
         rows = max(batch.shape[0] for batch in batches)
         return [batch.to(self.device, torch.float32).expand(rows, -1, -1, -1) for batch in batches]
 
-    def _pixels(self, shown: list[Tensor], text: str) -> dict[str, Tensor]:
-        """The processor's picture tensors, still attached to the pictures' graph."""
-        features = self.prompts.process(_rows(shown), text)
-        text_side = self.prompts.text_side(features)
-        pixels = {key: self._placed(value) for key, value in features.items() if key not in text_side}
-        wanted = any(batch.requires_grad for batch in shown)
-        if wanted and not any(value.requires_grad for value in pixels.values()):
-            kind = type(self.processor.image_processor).__name__
-            raise ValueError(
-                f"The image processor of {self.name} ({kind}) cuts the gradient: it needs the torchvision-backed "
-                "processor (install torchvision, and transformers 4.57 or newer)."
-            )
-        return pixels
-
-    def _placed(self, value: Tensor) -> Tensor:
-        return value.to(self.device, self.model.dtype if value.is_floating_point() else None)
-
-
-def _rows(shown: list[Tensor]) -> list[list[Tensor]]:
-    """For each row of the batch, its pictures."""
-    return [list(row) for row in zip(*shown)]
+    def _pixels(self, shown: list[Tensor]) -> dict[str, Tensor]:
+        """The picture side of the model's inputs, in the model's dtype."""
+        pixels = self.prompts.inputs.pixels(list(zip(*shown)))
+        dtype = self.model.dtype
+        return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in pixels.items()}

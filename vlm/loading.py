@@ -85,7 +85,7 @@ def load_judge(
         JudgeFolderError: the folder is refused or transformers cannot load it.
         ValueError: the model cannot be used as a judge.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     check_folder(folder, root)
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -94,17 +94,23 @@ def load_judge(
             model = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True, **local
             )
-            processor = AutoProcessor.from_pretrained(folder, **_tensor_backend(), **local)
+            processor = _load_processor(folder, local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise JudgeFolderError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
     return Judge(model, processor, folder.name, system, suffix, template)
 
 
-def _tensor_backend() -> dict[str, object]:
-    """How this transformers is asked for image processors that keep gradients."""
+def _load_processor(folder: Path, local: dict):
+    """The folder's processor with the image processor that works on tensors."""
     import transformers
+    from transformers import AutoImageProcessor, AutoProcessor
 
-    return {"use_fast": True} if int(transformers.__version__.split(".")[0]) < 5 else {"backend": "torchvision"}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return AutoProcessor.from_pretrained(folder, **local)
+    processor = AutoProcessor.from_pretrained(folder, use_fast=True, **local)
+    # Some processors of transformers 4 (the Idefics ones) name their PIL class and ignore use_fast.
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, use_fast=True, **local)
+    return processor
 
 
 def _sees(config: Path) -> bool:

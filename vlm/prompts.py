@@ -1,14 +1,13 @@
-"""The text side of a judgement: chat template, answer alignment, tokens."""
+"""From a question to the tokens of its prompt and of its answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
-Size = tuple[int, int]
+from .processing import ModelInputs, Size
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Prompt:
     """One question as the model reads it, and the tokens of the answer that is scored.
 
     Args:
-        inputs: the processor's tensors that belong to the text, each ``[1, L, ...]``, ending where the answer begins.
+        inputs: the tensors that belong to the text, each ``[1, L, ...]``, ending where the answer begins.
         answer: token ids of the answer alone, without the end of turn that the template puts after it.
     """
 
@@ -29,7 +28,7 @@ class Prompt:
 
 
 class PromptWriter:
-    """Turns questions into model inputs with the processor's own chat template and tokenizer.
+    """Renders questions with the model's own chat template and finds the tokens of their answers.
 
     Args:
         processor: a transformers processor with an image processor and a tokenizer.
@@ -38,75 +37,54 @@ class PromptWriter:
         suffix: text added to every question after a space, for example "Answer with Yes or No."
         template: prompt for models without a chat template, with ``{image}`` and ``{question}`` in it; used in
             place of the chat template when given.
+
+    Raises:
+        ValueError: there is neither a chat template nor a ``template``, or the processor cannot be used.
     """
 
     def __init__(self, processor, name: str, system: str = "", suffix: str = "", template: str = ""):
         self.processor = processor
-        self.tokenizer = processor.tokenizer
         self.name = name
         self.system = system
         self.suffix = suffix
         self.template = template
-        if not template and not _chat_template(processor):
+        if not (template or getattr(processor, "chat_template", None)):
             raise ValueError(
                 f"{name} has no chat template: choose an instruction-tuned model, or give a prompt template such as "
                 '"{image}Question: {question} Answer:".'
             )
+        self.inputs = ModelInputs(processor, name, self.render("Is this a picture?", 1))
         # Pictures of one size always expand to the same tokens, so a training loop tokenises each question once.
         self.encode = lru_cache(maxsize=256)(self._encode)
 
     def render(self, question: str, images: int) -> str:
         """The prompt for ``question`` about ``images`` pictures, ending where the model's answer begins."""
-        question = f"{question.strip()} {self.suffix}".strip()
         if self.template:
             image = getattr(self.processor, "image_token", "<image>") * images
-            return self.template.replace("{image}", image).replace("{question}", question)
+            return self.template.replace("{image}", image).replace("{question}", self._asked(question))
         return self._chat(question, images, None)
-
-    def process(self, pictures: list[list[Tensor]], text: str) -> dict[str, Tensor]:
-        """The processor's whole output for a batch of rows that share one prompt.
-
-        Args:
-            pictures: for each row its pictures, ``[3, H, W]`` floats on the 0..1 scale.
-            text: a rendered prompt.
-        """
-        bos = self.tokenizer.bos_token
-        features = self.processor(
-            images=pictures,
-            text=[text] * len(pictures),
-            do_rescale=False,
-            add_special_tokens=not (bos and text.startswith(bos)),
-            return_tensors="pt",
-        )
-        return {key: value for key, value in features.items() if isinstance(value, Tensor)}
-
-    def text_side(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the processor's tensors that run along the token sequence."""
-        batch_and_length = features["input_ids"].shape
-        pixels = set(self.processor.image_processor.model_input_names)
-        return {k: v for k, v in features.items() if k not in pixels and v.shape[:2] == batch_and_length}
 
     def _encode(self, question: str, answer: str, sizes: tuple[Size, ...]) -> Prompt:
         """Tokenise a question about pictures of the given (height, width) and find its answer's tokens."""
         prompt, spoken = self._split(question, answer, len(sizes))
-        inputs = self.text_side(self.process([[torch.zeros(3, *size) for size in sizes]], prompt))
+        inputs = self.inputs.text(prompt, sizes)
         ids = inputs["input_ids"][0].tolist()
         prompt += self._appended(ids, prompt)
         before, after = self._tokens(prompt), self._tokens(prompt + spoken)
         shared = _common(before, after)
         answer_ids = tuple(after[shared:])
-        if not answer_ids or set(answer_ids) == {self.tokenizer.unk_token_id}:
+        if not answer_ids or set(answer_ids) == {self.processor.tokenizer.unk_token_id}:
             raise ValueError(f'{self.name} has no token for the answer "{answer}": choose another word.')
         length = len(ids) - (len(before) - shared)  # a merge at the boundary takes tokens back from the prompt
         return Prompt({key: value[:, :length] for key, value in inputs.items()}, answer_ids)
 
     def _split(self, question: str, answer: str, images: int) -> tuple[str, str]:
-        """The prompt up to the answer and the answer as the template speaks it, leading space included."""
+        """The prompt up to the answer, and the answer as the template speaks it, leading space included."""
         prompt = self.render(question, images)
         answer = answer.strip()
         if self.template:
             return prompt, answer
-        whole = self._chat(f"{question.strip()} {self.suffix}".strip(), images, answer)
+        whole = self._chat(question, images, answer)
         start = len(prompt) if whole.startswith(prompt) else _common(prompt, whole)
         found = whole.find(answer, start)
         if found < 0:
@@ -117,7 +95,7 @@ class PromptWriter:
         return whole[:found], answer  # the template opens an answered turn with more than it prompts with
 
     def _chat(self, question: str, images: int, answer: str | None) -> str:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": self._asked(question)}]
         messages = [{"role": "user", "content": content}]
         if self.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
@@ -125,18 +103,17 @@ class PromptWriter:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
 
+    def _asked(self, question: str) -> str:
+        return f"{question.strip()} {self.suffix}".strip()
+
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _appended(self, ids: list[int], prompt: str) -> str:
         """Text that the processor itself put after the prompt (PaliGemma: a newline)."""
         tail = self._tokens(prompt)[-1]
         extra = ids[len(ids) - ids[::-1].index(tail) :] if tail in ids else []
-        return self.tokenizer.decode(extra)
-
-
-def _chat_template(processor) -> str | dict | None:
-    return getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+        return self.processor.tokenizer.decode(extra)
 
 
 def _common(a, b) -> int:
