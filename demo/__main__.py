@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import json
 import shutil
-import signal
 import sys
 import time
 from copy import deepcopy
@@ -158,7 +157,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the demo; see `parse_arguments` for its options."""
     start = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped on the way out
     arguments = parse_arguments()
     from ..tiny.questions import QUESTIONS
     from ..vlm.loading import load_judge

@@ -79,6 +79,7 @@ class ComfyServer:
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> ComfyServer:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # being told to end must not leave a server behind
         make_base_directory(self.base)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
