@@ -82,6 +82,15 @@ class FrontEnd:
         self.click(name)
         self.wait_for(f"return {APP}.graph.nodes.length")
 
+    def set_widgets(self, node_type: str, values: dict[str, Any]) -> None:
+        """Type values into the widgets of the first node of a type."""
+        self.script(
+            "const node = app.graph.nodes.find(n => n.type === args[0]);"
+            "for (const widget of node.widgets) if (widget.name in args[1]) widget.value = args[1][widget.name];",
+            node_type,
+            values,
+        )
+
     def run(self, seconds: float = 300) -> None:
         """Press Run and wait until the queue is empty. Raises TimeoutException when it takes longer."""
         self.script("await app.queuePrompt(0);")

@@ -1,0 +1,34 @@
+"""dev.py, without installing anything."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("dev", Path(__file__).resolve().parents[1] / "dev.py")
+dev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dev)
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [("torch", "torch"), ("av>=14.2.0", "av"), ("comfy-kitchen==0.2.31", "comfy-kitchen"), ("#note", ""), ("", "")],
+)
+def test_requirement_name(line, name):
+    assert dev.requirement_name(line) == name
+
+
+def test_comfyui_requirements_leave_torch_to_us(tmp_path):
+    (tmp_path / "requirements.txt").write_text("torch\ntorchsde\ntorchvision\ntorchaudio\n\n#note\nnumpy>=1.25.0\n")
+    assert dev.comfyui_requirements(tmp_path) == ["torchsde", "numpy>=1.25.0"]
+
+
+def test_comfyui_path_that_is_no_comfyui(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="no comfyui_version.py"):
+        dev.user_comfyui()
+
+
+def test_unknown_benchmark():
+    with pytest.raises(SystemExit, match="there is no benchmark 'nonsense'"):
+        dev.benchmark_script("nonsense")

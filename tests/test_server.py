@@ -1,0 +1,166 @@
+"""The pack in a real ComfyUI server, used over HTTP and the websocket as the front end does."""
+
+import io
+import json
+import urllib.parse
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dual_process.demo.client import PromptFailed, PromptInterrupted, PromptRejected
+from dual_process.demo.workflow import nodes_of, template, to_api
+
+NODE_IDS = {
+    "DualProcessJudgeLoader",
+    "DualProcessQuestion",
+    "DualProcessTrainer",
+    "DualProcessApplyLoRA",
+    "DualProcessSaveLoRA",
+    "DualProcessTinyTextEncoder",
+    "DualProcessAskJudge",
+    "DualProcessJudgeScore",
+}
+API_FORM = Path(__file__).parent / "api" / "teach.json"
+
+
+@pytest.fixture
+def object_info(client):
+    """What the server knows about our nodes and all others."""
+    return client.get_json("/object_info")
+
+
+@pytest.fixture
+def teach(object_info):
+    """The template in API form with a training run of three steps; a function of what to change on the trainer."""
+
+    def graph(**trainer_inputs):
+        changed = to_api(template("Teach the horizon"), object_info)
+        (trainer,) = nodes_of(changed, "DualProcessTrainer")
+        changed[trainer]["inputs"] |= {"steps": 3, "check_every": 0} | trainer_inputs
+        return changed
+
+    return graph
+
+
+def loras(client):
+    """Names of the LoRAs the server lists."""
+    return set(client.get_json("/models/loras"))
+
+
+def drawing_only(graph, seed):
+    """The part of the template that draws without the LoRA."""
+    graph = deepcopy(graph)
+    (trainer,) = nodes_of(graph, "DualProcessTrainer")
+    dependent = {trainer}
+    while more := {
+        node_id
+        for node_id, node in graph.items()
+        if node_id not in dependent
+        and any(isinstance(value, list) and value[0] in dependent for value in node["inputs"].values())
+    }:
+        dependent |= more
+    kept = {node_id: node for node_id, node in graph.items() if node_id not in dependent}
+    kept[nodes_of(kept, "KSampler")[0]]["inputs"]["seed"] = seed
+    return kept
+
+
+def pixels(client, outputs, graph):
+    """The bytes of the picture shown by the graph's first PreviewImage."""
+    (shown,) = outputs[nodes_of(graph, "PreviewImage")[0]]["images"]
+    return Image.open(io.BytesIO(client.picture(shown))).convert("RGB").tobytes()
+
+
+def test_all_nodes_are_there_and_explain_themselves(object_info):
+    ours = {name: info for name, info in object_info.items() if name.startswith("DualProcess")}
+    assert set(ours) == NODE_IDS
+    for name, info in ours.items():
+        assert info["description"] and info["category"].startswith("dual process"), name
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        silent = [key for key, value in inputs.items() if not (len(value) > 1 and value[1].get("tooltip"))]
+        assert not silent, f"{name}: inputs without a tooltip: {silent}"
+
+
+def test_every_node_has_a_help_page(client):
+    for name in NODE_IDS:
+        assert client.get(f"/extensions/dual_process/docs/{name}.md").startswith(b"# ")
+
+
+def test_template_is_listed_with_its_thumbnail(client):
+    names = client.get_json("/workflow_templates")["dual_process"]
+    assert "Teach the horizon" in names
+    for name in names:
+        picture = client.get("/api/workflow_templates/dual_process/" + urllib.parse.quote(f"{name}.jpg"))
+        assert Image.open(io.BytesIO(picture)).format == "JPEG"
+
+
+def test_template_in_api_form_is_what_the_front_end_sends(object_info):
+    sent = json.loads(API_FORM.read_text())
+    for node in sent.values():
+        node.pop("_meta")
+    assert to_api(template("Teach the horizon"), object_info) == sent
+
+
+def test_template_trains_shows_progress_and_saves(client, server, teach):
+    graph = teach(seed=11)
+    (trainer,) = nodes_of(graph, "DualProcessTrainer")
+    known, events = loras(client), []
+    outputs = client.run(graph, events.append)
+    (new,) = loras(client) - known
+    assert (server.base / "models" / "loras" / new).is_file()
+    steps = [event["data"] for event in events if event["type"] == "dual_process.progress"]
+    assert [(step["step"], step["steps"]) for step in steps] == [(1, 3), (2, 3), (3, 3)]
+    assert all(0 <= score <= 1 for step in steps for score in step["scores"])
+    assert any(event["type"] == "progress" and event["data"]["node"] == trainer for event in events)
+    assert any(event["type"] == "binary" for event in events), "no live preview was sent"
+    assert all(outputs[node_id]["images"] for node_id in nodes_of(graph, "PreviewImage"))
+
+
+def test_second_queue_is_cached_and_another_seed_gets_a_new_file(client, teach):
+    client.run(teach(seed=21))
+    known, events = loras(client), []
+    client.run(teach(seed=21), events.append)
+    trainer = nodes_of(teach(), "DualProcessTrainer")[0]
+    cached = [event["data"]["nodes"] for event in events if event["type"] == "execution_cached"]
+    assert trainer in cached[0] and loras(client) == known
+    client.run(teach(seed=22))
+    assert len(loras(client) - known) == 1
+
+
+def test_cancel_leaves_the_model_as_it_was(client, teach):
+    drawing = drawing_only(teach(), seed=5)
+    before = pixels(client, client.run(drawing), drawing)
+    known = loras(client)
+
+    def cancel_at_second_step(event):
+        if event["type"] == "dual_process.progress" and event["data"]["step"] == 2:
+            client.interrupt()
+
+    with pytest.raises(PromptInterrupted):
+        client.run(teach(seed=31, steps=10000), cancel_at_second_step)
+    assert loras(client) == known
+    assert pixels(client, client.run(drawing), drawing) == before
+    client.run(teach(seed=31))
+    assert len(loras(client) - known) == 1
+
+
+@pytest.mark.parametrize(
+    "node, change, sentence",
+    [
+        ("DualProcessQuestion", {"text": " "}, "The question is empty"),
+        ("DualProcessQuestion", {"answer": ""}, "The wanted answer to"),
+        ("DualProcessSaveLoRA", {"filename_prefix": "../../outside"}, "is no file name inside"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(client, teach, node, change, sentence):
+    graph = teach(seed=51)
+    graph[nodes_of(graph, node)[0]]["inputs"] |= change
+    with pytest.raises(PromptFailed, match=sentence):
+        client.run(graph)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"rank": 0}, {"scheduler": "nonsense"}])
+def test_values_out_of_range_are_refused_before_anything_runs(client, teach, change):
+    with pytest.raises(PromptRejected, match=next(iter(change))):
+        client.run(teach(**change))
