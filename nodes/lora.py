@@ -1,0 +1,84 @@
+"""Using and keeping what was learned."""
+
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io
+from safetensors.torch import load_file
+
+from ..trainers.lora_file import new_lora_path, save_lora
+from .types import CATEGORY, LoRAType
+
+FROM_TRAINER = "(the connected LoRA)"
+
+
+class ApplyLoRA(io.ComfyNode):
+    """MODEL + LoRA -> MODEL."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessApplyLoRA",
+            display_name="LoRA Apply",
+            category=CATEGORY,
+            description="Adds a learned control to a model: the trainer's LoRA, or a saved one.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to control; the one that was trained, or a relative."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[FROM_TRAINER, *folder_paths.get_filename_list("loras")],
+                    tooltip="A saved LoRA, used when no trainer is connected.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 is what was trained; less is subtler, 0 is off, below 0 is the opposite.",
+                ),
+                LoRAType.Input("lora", optional=True, tooltip="The LoRA of a trainer. It wins over lora_name."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the control.")],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, lora=None):
+        if lora is None:
+            if lora_name == FROM_TRAINER:
+                raise ValueError("LoRA Apply has no LoRA: connect a trainer, or choose a file in lora_name.")
+            lora = load_file(folder_paths.get_full_path_or_raise("loras", lora_name))
+        controlled, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)
+        return io.NodeOutput(controlled)
+
+
+class SaveLoRA(io.ComfyNode):
+    """LoRA -> a new file in models/loras."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessSaveLoRA",
+            display_name="Save LoRA",
+            category=CATEGORY,
+            description="Writes a LoRA with its questions and scores into models/loras, each time under a new name.",
+            inputs=[
+                LoRAType.Input("lora", tooltip="The LoRA of a trainer."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="dual_process/control",
+                    tooltip="Folder and beginning of the name inside models/loras; a number is added.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="The name LoRA loaders list it under.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, lora, filename_prefix):
+        root = Path(folder_paths.get_folder_paths("loras")[0])
+        path = new_lora_path(root, filename_prefix)
+        save_lora(lora, path)
+        name = path.relative_to(root).as_posix()
+        return io.NodeOutput(name, ui={"text": [f"Saved as {name}"]})

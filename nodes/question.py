@@ -1,0 +1,47 @@
+"""The question a judge is asked about every picture."""
+
+from comfy_api.latest import io
+
+from ..vlm.question import Question
+from .types import CATEGORY, QuestionsType
+
+
+class AskQuestion(io.ComfyNode):
+    """One question, or one more at the end of a chain."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessQuestion",
+            display_name="Question",
+            category=CATEGORY,
+            description="A question about the picture and the answer you want. Chain several to teach several things.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="Is the horizon in the upper half of the picture? Answer with Yes or No.",
+                    tooltip="What the judge is asked about each picture. Closed questions that say "
+                    "'Answer with Yes or No.' work best.",
+                ),
+                io.String.Input(
+                    "answer",
+                    default="Yes",
+                    tooltip="The answer the pictures should earn. 'No' is as good a goal as 'Yes'.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How much this question counts beside the others in the chain.",
+                ),
+                QuestionsType.Input("questions", optional=True, tooltip="Questions that come before this one."),
+            ],
+            outputs=[QuestionsType.Output(display_name="questions", tooltip="All questions of the chain.")],
+        )
+
+    @classmethod
+    def execute(cls, text, answer, weight, questions=None):
+        return io.NodeOutput([*(questions or []), Question(text, answer, weight)])

@@ -1,0 +1,224 @@
+"""Tiny ComfyUI MODELs with random weights, one per architecture, built from ComfyUI's own classes.
+
+Import only where ComfyUI is importable (see conftest).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import comfy.model_management as mm
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models as sm
+import comfy.taesd.taesd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+CONTEXT = 48  # width of the text conditioning
+
+UNET = {
+    "image_size": 32, "use_checkpoint": False, "legacy": False, "use_spatial_transformer": True, "in_channels": 4,
+    "out_channels": 4, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth_middle": 1,
+    "context_dim": CONTEXT, "use_temporal_resblock": False, "use_temporal_attention": False,
+}  # fmt: skip
+FLUX = {
+    "axes_dim": [8, 12, 12], "num_heads": 2, "mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True, "hidden_size": 64,
+    "context_in_dim": CONTEXT, "patch_size": 2, "depth": 2, "depth_single_blocks": 2, "txt_ids_dims": [],
+}  # fmt: skip
+LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "cap_feat_dim": CONTEXT, "n_layers": 2,
+    "qk_norm": True, "n_heads": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build one tiny model: ComfyUI's model class, its config, latent shape, extra conditioning shapes."""
+
+    model_class: str
+    config: dict
+    latent: tuple[int, ...] = (1, 16, 8, 8)
+    extra: dict[str, tuple[int, ...]] | None = None
+
+
+ARCHITECTURES = {
+    "SD1.5": Architecture(
+        "SD15",
+        UNET | {"adm_in_channels": None, "model_channels": 32, "transformer_depth": [1, 1],
+                "transformer_depth_output": [1, 1, 1, 1], "use_linear_in_transformer": False},
+        (1, 4, 8, 8),
+    ),
+    "SDXL": Architecture(
+        "SDXL",
+        UNET | {"num_classes": "sequential", "adm_in_channels": 2816, "model_channels": 64, "transformer_depth": [0, 1],
+                "transformer_depth_output": [0, 0, 1, 1], "use_linear_in_transformer": True},
+        (1, 4, 8, 8),
+        {"pooled_output": (1, 1280)},
+    ),
+    "SD3": Architecture(
+        "SD3",
+        {"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None,
+         "adm_in_channels": 2048, "num_patches": 256, "pos_embed_max_size": 16, "qk_norm": "rms",
+         "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [0],
+         "context_embedder_config": {"target": "torch.nn.Linear",
+                                     "params": {"in_features": CONTEXT, "out_features": 128}}},
+        extra={"pooled_output": (1, 2048)},
+    ),
+    "FLUX dev": Architecture(
+        "Flux",
+        FLUX | {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768,
+                "guidance_embed": True},
+        extra={"pooled_output": (1, 768)},
+    ),
+    "FLUX schnell": Architecture(
+        "FluxSchnell",
+        FLUX | {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768,
+                "guidance_embed": False},
+        extra={"pooled_output": (1, 768)},
+    ),
+    "Chroma": Architecture(
+        "Chroma",
+        FLUX | {"image_model": "chroma", "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 64,
+                "hidden_dim": 64, "n_layers": 2, "vec_in_dim": None},
+        extra={"pooled_output": (1, 768)},
+    ),
+    "Lumina 2": Architecture(
+        "Lumina2",
+        LUMINA | {"dim": 64, "n_kv_heads": 1, "axes_dims": [8, 12, 12], "axes_lens": [300, 512, 512],
+                  "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0},
+    ),
+    "Z-Image": Architecture(
+        "ZImage",
+        LUMINA | {"dim": 256, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+                  "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0,
+                  "pad_tokens_multiple": 32},
+    ),
+    "Qwen-Image": Architecture(
+        "QwenImage",
+        {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 2,
+         "attention_head_dim": 32, "joint_attention_dim": CONTEXT, "axes_dims_rope": (8, 12, 12)},
+        (1, 16, 1, 8, 8),
+    ),
+    "Wan still": Architecture(
+        "WAN21_T2V",
+        {"image_model": "wan2.1", "dim": 128, "out_dim": 16, "num_heads": 1, "ffn_dim": 256, "num_layers": 2,
+         "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True,
+         "eps": 1e-6, "in_dim": 16, "model_type": "t2v", "text_dim": CONTEXT},
+        (1, 16, 1, 8, 8),
+    ),
+}  # fmt: skip
+
+
+def build_model(name: str, seed: int = 0) -> ModelPatcher:
+    """The tiny MODEL of an architecture, float32, random weights."""
+    architecture = ARCHITECTURES[name]
+    model_config = getattr(sm, architecture.model_class)(_known_to_this_comfyui(architecture))
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model({}, "", device="cpu")
+    randomise(model.diffusion_model, seed)
+    model.requires_grad_(False)
+    return ModelPatcher(model, mm.get_torch_device(), mm.unet_offload_device())
+
+
+def build_conditioning(name: str, seed: int = 1, tokens: int = 7) -> list:
+    """Random CONDITIONING that fits ``build_model(name)``."""
+    generator = torch.Generator().manual_seed(seed)
+    extra = ARCHITECTURES[name].extra or {}
+    values = {key: torch.randn(shape, generator=generator) for key, shape in extra.items()}
+    return [[torch.randn(1, tokens, CONTEXT, generator=generator), values]]
+
+
+def build_latent(name: str, batch: int = 1) -> dict:
+    """Empty LATENT that fits ``build_model(name)``."""
+    return {"samples": torch.zeros(batch, *ARCHITECTURES[name].latent[1:])}
+
+
+def randomise(module: torch.nn.Module, seed: int, gain: float = 1.0) -> None:
+    """Random weights of a size that keeps activations near one; a smaller ``gain`` bends less."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * gain / math.sqrt(parameter[0].numel()))
+            elif name.endswith(("weight", "scale")):
+                parameter.copy_(1 + 0.1 * noise)
+            else:
+                parameter.copy_(0.05 * noise)
+
+
+def _known_to_this_comfyui(architecture: Architecture) -> dict:
+    """The config without keys that only newer versions of ComfyUI know."""
+    if "txt_ids_dims" not in architecture.config:
+        return dict(architecture.config)
+    from comfy.ldm.chroma.model import ChromaParams
+    from comfy.ldm.flux.model import FluxParams
+
+    params = ChromaParams if architecture.model_class == "Chroma" else FluxParams
+    known = set(inspect.signature(params).parameters) | {"image_model", "guidance_embed"}
+    return {key: value for key, value in architecture.config.items() if key in known}
+
+
+def build_vae(name: str):
+    """A VAE for the architecture's latents: ComfyUI's own TAESD with random weights, a linear one for video latents."""
+    channels = ARCHITECTURES[name].latent[1]
+    if len(ARCHITECTURES[name].latent) == 5:
+        return LinearVAE(channels)
+    weights = comfy.taesd.taesd.TAESD(latent_channels=channels)
+    randomise(weights, seed=7, gain=0.5)
+    vae = comfy.sd.VAE(sd={**weights.state_dict(), "vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)})
+    vae.throw_exception_if_invalid()
+    return vae
+
+
+class LinearVAE:
+    """The part of ComfyUI's VAE that the student uses, decoding every latent pixel to one picture pixel."""
+
+    def __init__(self, channels: int):
+        self.latent_channels, self.vae_dtype, self.device = channels, torch.float32, mm.get_torch_device()
+        self.first_stage_model = torch.nn.Module()
+        self.first_stage_model.mix = torch.nn.Parameter(torch.randn(3, channels) / channels**0.5, requires_grad=False)
+        self.first_stage_model.decode = lambda z: torch.einsum("oc,bc...->bo...", self.first_stage_model.mix, z)
+        self.patcher = ModelPatcher(self.first_stage_model, self.device, torch.device("cpu"))
+
+    def process_output(self, pixels):
+        return ((pixels + 1) / 2).clamp(0, 1)
+
+
+def build_student(name: str, model: ModelPatcher | None = None, **settings):
+    """A ``ComfyStudent`` around the tiny MODEL: four steps of euler/simple, cfg 1.5, rank 4."""
+    from dual_process.trainers.comfy_student import ComfyStudent
+
+    model = model or build_model(name)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    defaults = {
+        "vae": build_vae(name), "positive": build_conditioning(name), "negative": build_conditioning(name, seed=2),
+        "latent": build_latent(name), "sigmas": sigmas, "sampler": comfy.samplers.sampler_object("euler"),
+        "cfg": 1.5, "rank": 4, "alpha": 4.0,
+    }  # fmt: skip
+    return ComfyStudent(model, **{**defaults, **settings})
+
+
+def build_judge():
+    """A tiny random Idefics3 as a judge that ComfyUI can load."""
+    from dual_process.tests import vlm_families
+    from dual_process.trainers.comfy_memory import ManagedJudge
+    from dual_process.vlm.judge import Judge
+
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        model, processor = vlm_families.idefics3()
+        randomise(model, seed=8)
+        return ManagedJudge(Judge(model, processor, "tiny random judge"))
+
+
+def sample(model: ModelPatcher, name: str, seed: int = 5) -> torch.Tensor:
+    """The latent that a stock KSampler makes: four steps of euler/simple, cfg 1.5."""
+    import nodes
+
+    latent = build_latent(name)
+    positive, negative = build_conditioning(name), build_conditioning(name, seed=2)
+    return nodes.common_ksampler(model, seed, 4, 1.5, "euler", "simple", positive, negative, latent)[0]["samples"]

@@ -1,0 +1,244 @@
+"""The student on ComfyUI's own classes: right gradients, and a user's model that is never changed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
+from dual_process.vlm.question import Question
+
+ALL = ["SD1.5", "SDXL", "SD3", "FLUX dev", "FLUX schnell", "Chroma", "Lumina 2", "Z-Image", "Qwen-Image", "Wan still"]
+ASKED = ["SD1.5", "SDXL", "SD3", "FLUX dev", "Z-Image"]
+
+
+@pytest.fixture
+def lab(comfy):
+    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
+    from dual_process.tests import architectures
+
+    with torch.inference_mode():
+        yield architectures
+
+
+def derivative_ratio(parameters: list[torch.Tensor], loss, reach: float = 5e-4, points: int = 9) -> float:
+    """Autograd's derivative of ``loss()`` along its own gradient, divided by the finite difference.
+
+    The difference is the slope of a cubic through many points, so that neither curvature nor rounding decides.
+    """
+    loss().backward()
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    start = [p.detach().clone() for p in parameters]
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradient))
+    size = math.sqrt(sum(p.double().square().sum().item() for p in start))
+
+    @torch.no_grad()
+    def at(distance: float) -> float:
+        for p, p0, g in zip(parameters, start, gradient):
+            p.copy_(p0 + g * (distance * size / norm))
+        return loss().item()
+
+    distances = np.linspace(-reach, reach, points)
+    slope = np.polyfit(distances / reach, [at(d) for d in distances], 3)[2] / (reach * size)
+    return norm / slope
+
+
+def give_lora_a_value(lora) -> None:
+    """Move B off zero, where half of the gradient vanishes."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for adapter in lora.adapters:
+            adapter.B.copy_(0.05 * torch.randn(adapter.B.shape, generator=generator))
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_from_picture_to_lora(lab, name, checkpointed):
+    student = lab.build_student(name, vae=lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), checkpointed=checkpointed)
+
+    def loop():
+        give_lora_a_value(student.lora)
+        x = student.roll(student.noise(3), 1)
+        weights = torch.randn(student.decode(student.predict(x, 1)).shape)
+
+        def loss():
+            image = student.decode(student.predict(x, 1))
+            return 100 * (image * weights).mean() + image.square().mean()
+
+        return derivative_ratio(list(student.lora.parameters()), loss)
+
+    assert student.run(loop, beside=[]) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
+@pytest.mark.parametrize("name", ASKED)
+def test_gradient_from_answer_to_lora(lab, name, checkpointed):
+    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])  # TAESD's kinks blur differences; it has its own test
+    student, judge = lab.build_student(name, vae=vae, checkpointed=checkpointed), lab.build_judge()
+    questions = [Question("Is the line thick?"), Question("Are the colours warm?", "No")]
+
+    def loop():
+        give_lora_a_value(student.lora)
+        x = student.roll(student.noise(3), 1)
+
+        def loss():
+            return -judge.judge.log_likelihood(student.decode(student.predict(x, 1)), questions).double().sum()
+
+        return derivative_ratio(list(student.lora.parameters()), loss)
+
+    assert student.run(loop, beside=[judge.patcher]) == pytest.approx(1, abs=0.01)
+
+
+def test_gradient_through_the_vae(lab):
+    """In float64, where differences are exact enough for ReLU networks."""
+    student = lab.build_student("SD3")
+    student.vae.first_stage_model.double()
+    student.vae.vae_dtype = torch.float64
+
+    def loop():
+        x0 = torch.randn(1, 16, 2, 2, dtype=torch.float64, requires_grad=True)
+        latent_to_picture = torch.randn(3 * 16 * 16, dtype=torch.float64)
+        loss = lambda: (student.decode(x0).double().flatten() * latent_to_picture).sum()  # noqa: E731
+        return derivative_ratio([x0], loss, reach=1e-2)
+
+    assert student.run(loop, beside=[]) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_users_model_is_bit_identical_afterwards(lab, name):
+    model = lab.build_model(name)
+    before = lab.sample(model, name)
+    student = lab.build_student(name, model)
+
+    def loop():
+        give_lora_a_value(student.lora)
+        student.decode(student.predict(student.roll(student.noise(3), 2), 2)).sum().backward()
+
+    student.run(loop, beside=[])
+    assert torch.equal(lab.sample(model, name), before)
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["SDXL", "FLUX dev"])
+def test_nothing_is_left_behind_by_cancel_or_error(lab, name, where):
+    import comfy.model_management as mm
+
+    model = lab.build_model(name)
+    before = lab.sample(model, name)
+    student = lab.build_student(name, model)
+
+    def loop():
+        give_lora_a_value(student.lora)
+        image = student.decode(student.predict(student.roll(student.noise(3), 1), 1))
+        mm.interrupt_current_processing()
+        image.sum().backward() if where == "backward" else student.draw(3)
+
+    with pytest.raises(mm.InterruptProcessingException):
+        student.run(loop, beside=[])
+    with pytest.raises(ZeroDivisionError):
+        lab.build_student(name, model).run(lambda: 1 / 0, beside=[])
+    assert torch.equal(lab.sample(model, name), before)
+    assert not any("forward" in vars(module) for module in model.model.modules())
+    assert not getattr(mm, "in_training", False)
+
+
+@pytest.mark.parametrize("name", ["SD3", "SDXL"])
+def test_a_users_lora_is_respected_and_kept(lab, name):
+    import comfy.sd
+
+    model = lab.build_model(name)
+    bare = lab.sample(model, name)
+    users = lab.build_student(name, model).lora
+    give_lora_a_value(users)
+    styled, _ = comfy.sd.load_lora_for_models(model, None, users.export(), 1.0, 0)
+    before = lab.sample(styled, name)
+    assert not torch.equal(before, bare)
+    student = lab.build_student(name, styled)
+    drawn = student.run(lambda: student._guider.inner_model.process_latent_out(student.roll(student.noise(5), 4)), [])
+    assert (drawn - before).abs().max() < 1e-5 * before.abs().max()
+    assert torch.equal(lab.sample(styled, name), before)
+    assert torch.equal(lab.sample(model, name), bare)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_file_is_what_was_trained(lab, name):
+    import comfy.sd
+    import folder_paths
+
+    import nodes
+    from dual_process.trainers.lora_file import new_lora_path, save_lora
+
+    model = lab.build_model(name)
+    student = lab.build_student(name, model, alpha=2.0)
+
+    def loop():
+        give_lora_a_value(student.lora)
+        return student._guider.inner_model.process_latent_out(student.roll(student.noise(5), 4))
+
+    trained = student.run(loop, beside=[])
+    in_memory, _ = comfy.sd.load_lora_for_models(model, None, student.lora.export(), 1.0, 0)
+    assert set(in_memory.patches) == {f"diffusion_model.{path}.weight" for path in student.lora.paths}
+    path = new_lora_path(Path(folder_paths.get_folder_paths("loras")[0]), "control")
+    save_lora(student.lora.export(), path)
+    (from_file,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, path.name, 1.0)
+    scale = trained.abs().max()
+    assert (lab.sample(from_file, name) - trained).abs().max() < 1e-5 * scale
+    assert torch.equal(lab.sample(from_file, name), lab.sample(in_memory, name))
+    assert (lab.sample(model, name) - trained).abs().max() > 1e-3 * scale
+
+
+def test_draws_what_ksampler_draws(lab):
+    import nodes
+
+    model = lab.build_model("SD3")
+    student = lab.build_student("SD3", model)
+    (picture,) = nodes.VAEDecode().decode(student.vae, {"samples": lab.sample(model, "SD3", seed=11)})
+    assert torch.allclose(student.run(lambda: student.draw(11), beside=[]).movedim(1, -1), picture, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [MARGIN, LIKELIHOOD])
+def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind):
+    """The loop's two-part backward against plain end-to-end autograd, anchor included."""
+    student, judge = lab.build_student("SD3"), lab.build_judge()
+    objective = Objective([Question("Is the line thick?"), Question("What is it?", "a line", 2.0)], kind, margin=30.0)
+    anchor = 0.3
+
+    def loop():
+        give_lora_a_value(student.lora)
+        x = student.roll(student.noise(3), 1)
+        with torch.no_grad(), student.lora.disabled():
+            base = student.predict(x, 1)
+        x0 = student.predict(x, 1)
+        loss, _ = objective(judge.judge, student.decode(x0))
+        whole = torch.autograd.grad(loss + anchor * (x0 - base).square().mean(), list(student.lora.parameters()))
+
+        x0 = student.predict(x, 1)
+        image = student.decode(x0)
+        seen = image.detach().requires_grad_()
+        objective(judge.judge, seen)[0].backward()
+        torch.autograd.backward([image, x0], [seen.grad, anchor * 2 / x0.numel() * (x0 - base).detach()])
+        return whole, [p.grad for p in student.lora.parameters()]
+
+    whole, handed_over = student.run(loop, beside=[judge.patcher])
+    for a, b in zip(whole, handed_over):
+        assert torch.allclose(a, b, atol=1e-6 * a.abs().max())
+
+
+def test_misfits_are_refused_before_anything_is_loaded(lab):
+    with pytest.raises(ValueError, match="4 channels.*makes 16"):
+        sdxl_vae = lab.build_vae("SDXL")
+        from dual_process.trainers.comfy_student import ComfyStudent
+
+        ComfyStudent(lab.build_model("SD3"), sdxl_vae, lab.build_conditioning("SD3"), None, lab.build_latent("SD3"),
+                     torch.tensor([1.0, 0.0]), None)  # fmt: skip
+    with pytest.raises(ValueError, match="no negative"):
+        lab.build_student("SD3", negative=None)
+    with pytest.raises(ValueError, match="no step"):
+        lab.build_student("SD3", sigmas=torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="matches the LoRA targets 'nonsense'"):
+        lab.build_student("SD3", targets="nonsense")

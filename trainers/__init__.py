@@ -1,0 +1,1 @@
+"""The method: the training loop, its objective, the student and its LoRA."""

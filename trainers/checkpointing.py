@@ -1,0 +1,70 @@
+"""Activation checkpointing that is right for ComfyUI's blocks.
+
+Two habits of those blocks make plain ``torch.utils.checkpoint`` return wrong gradients without an error:
+
+* they write into their inputs (``img += ...``), so recomputation would start from overwritten tensors;
+* they share one ``transformer_options`` dict that changes while blocks are walked (block index), so recomputation
+  would run with the values of the last block.
+
+So every run of a checkpointed block gets its own clones of tensors and copies of dicts, and norm layers, whose input is
+what gets overwritten after being saved for backward, run on a clone.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .forward_override import override_forward
+from .lora import repeated_blocks
+
+
+def prepare_for_backward(diffusion_model: nn.Module, checkpointed: bool) -> ExitStack:
+    """Make backward through ``diffusion_model`` right; closing the returned stack puts everything back.
+
+    Args:
+        checkpointed: recompute each repeated block in backward instead of keeping its activations.
+    """
+    stack = ExitStack()
+    for module in diffusion_model.modules():
+        if "norm" in type(module).__name__.lower() and not any(True for _ in module.children()):
+            stack.callback(override_forward(module, _on_a_clone))
+    if checkpointed:
+        for _, block in repeated_blocks(diffusion_model):
+            stack.callback(override_forward(block, _checkpointed))
+    return stack
+
+
+def _on_a_clone(forward):
+    def norm(x: Tensor, *args, **kwargs) -> Tensor:
+        return forward(x.clone() if torch.is_grad_enabled() and x.requires_grad else x, *args, **kwargs)
+
+    return norm
+
+
+def _checkpointed(forward):
+    def block(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        args = [_copied_dict(a) for a in args]
+        kwargs = {name: _copied_dict(a) for name, a in kwargs.items()}
+
+        def run(*args, **kwargs):
+            return forward(*[_own(a) for a in args], **{name: _own(a) for name, a in kwargs.items()})
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return block
+
+
+def _copied_dict(value):
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _own(value):
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.clone()
+    return _copied_dict(value)

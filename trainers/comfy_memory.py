@@ -1,0 +1,96 @@
+"""Loading models through ComfyUI's memory manager in a state that autograd accepts."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import comfy.model_management as mm
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+
+class ManagedJudge:
+    """A judge whose weights ComfyUI loads, evicts and reloads like those of any model.
+
+    Args:
+        judge: a ``vlm.judge.Judge`` with its weights on the CPU.
+    """
+
+    def __init__(self, judge):
+        holder = nn.Module()  # ModelPatcher sets .device on what it wraps; a transformers model forbids that
+        holder.vlm = judge.model
+        self.judge = judge
+        self.patcher = ModelPatcher(holder, mm.get_torch_device(), mm.text_encoder_offload_device())
+
+    def load(self) -> None:
+        """Bring the judge to the compute device."""
+        load_for_training([self.patcher])
+
+
+@contextmanager
+def gradients():
+    """Autograd inside a ComfyUI node, which runs in inference mode.
+
+    ``in_training`` makes newer ComfyUI choose differentiable rotary embeddings and norms; older ones ignore it.
+    """
+    before = getattr(mm, "in_training", False)
+    mm.in_training = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        mm.in_training = before
+
+
+def load_for_training(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
+    """Load all models together, whole, so that none evicts another, frozen and free of inference tensors.
+
+    Args:
+        patchers: the models the run needs at the same time.
+        memory_required: bytes to keep free for activations.
+    Raises:
+        RuntimeError: a model does not fit whole on the device.
+    """
+    with torch.inference_mode():  # moving an inference tensor outside inference mode corrupts it
+        mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
+    for patcher in patchers:
+        if getattr(patcher.model, "model_lowvram", False):
+            raise RuntimeError(
+                f"{type(patcher.model).__name__} ({patcher.model_size() / 1e9:.1f} GB) does not fit on "
+                f"{patcher.load_device} beside the other models. Use a smaller or quantised model or judge, "
+                "or start ComfyUI without --lowvram / --novram."
+            )
+        make_trainable_through(patcher.model)
+
+
+def make_trainable_through(root: nn.Module) -> None:
+    """Freeze every parameter and replace inference tensors, which cannot be saved for backward, by normal copies."""
+    copies: dict[int, Tensor] = {}  # tied weights stay tied
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _refused_by_autograd(parameter):
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                module._parameters[name] = copies[id(parameter)]
+        _copy_tensors(module._buffers)
+        _copy_tensors(vars(module))
+    if hasattr(root, "latent_format"):
+        _copy_tensors(vars(root.latent_format))
+    root.requires_grad_(False)
+
+
+def _copy_tensors(values: dict) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor) and _refused_by_autograd(value):
+            values[name] = value.detach().clone()
+
+
+def _refused_by_autograd(tensor: Tensor) -> bool:
+    if tensor.is_inference():
+        return True
+    try:
+        tensor._version
+    except RuntimeError:  # an inference tensor that was moved outside inference mode
+        return True
+    return False

@@ -1,0 +1,203 @@
+"""The student: any MODEL, conditioning and VAE that ComfyUI has loaded, as a differentiable maker of pictures.
+
+There is no per-model code: ComfyUI's guider turns any MODEL with any conditioning (prompts, areas, ControlNets, model
+patches, the user's own LoRAs) into a denoised x0, with gradients. The training loop runs as the ``Sampler`` of one
+``CFGGuider.sample()`` call, which is where ComfyUI has everything loaded and encoded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TypeVar
+
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy.sd import VAE
+from torch import Tensor
+
+from .checkpointing import prepare_for_backward
+from .comfy_memory import gradients, load_for_training
+from .lora import LoRA, lora_targets
+
+Result = TypeVar("Result")
+KEY = "dual_process"
+TRAINING_MEMORY = 3  # activations kept for backward, in units of ComfyUI's estimate for inference
+
+
+class ComfyStudent:
+    """What the loop trains: rolls out, predicts x0, decodes, and owns the LoRA.
+
+    Args:
+        model: ComfyUI MODEL; it is cloned, and the weights it shares are bit-identical after ``run``.
+        vae: ComfyUI VAE that decodes the model's latents.
+        positive: CONDITIONING.
+        negative: CONDITIONING, or None when ``cfg`` is 1.
+        latent: ComfyUI LATENT; its batch size is the number of pictures per step.
+        sigmas: noise levels of the schedule, falling, last one 0; shape [steps + 1].
+        sampler: ComfyUI SAMPLER that walks them.
+        cfg: classifier-free guidance scale.
+        rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
+        checkpointed: recompute blocks in backward; less memory, about a third more time.
+    Raises:
+        ValueError: inputs that do not fit together, before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        model: ModelPatcher,
+        vae: VAE,
+        positive: list,
+        negative: list | None,
+        latent: dict,
+        sigmas: Tensor,
+        sampler: comfy.samplers.KSAMPLER,
+        cfg: float = 1.0,
+        rank: int = 16,
+        alpha: float = 16.0,
+        seed: int = 0,
+        targets: str = "",
+        checkpointed: bool = True,
+    ):
+        if negative is None and cfg != 1.0:
+            raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
+        if len(sigmas) < 2:
+            raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
+        can_be_static = "disable_dynamic" in inspect.signature(model.clone).parameters
+        self.model = model.clone(disable_dynamic=True) if can_be_static else model.clone()
+        self.vae = vae
+        self.latent_mask = latent.get("noise_mask")
+        self.conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+        self.cfg, self.sigmas, self.sampler, self.checkpointed = cfg, sigmas, sampler, checkpointed
+        self.steps = len(sigmas) - 1
+        self._check_vae()
+        with gradients():
+            self.latent = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"].clone())
+            self.lora = LoRA(lora_targets(self.model.model.diffusion_model, targets), rank, alpha, seed)
+
+    def _check_vae(self) -> None:
+        wanted = self.model.get_model_object("latent_format").latent_channels
+        if self.vae.latent_channels != wanted:
+            raise ValueError(
+                f"The VAE decodes latents of {self.vae.latent_channels} channels, but "
+                f"{type(self.model.model).__name__} makes {wanted}. Connect the VAE that belongs to the model."
+            )
+        probe = torch.tensor([0.25, 0.5, 0.75])
+        low, middle, high = self.vae.process_output(probe.clone()).tolist()
+        if abs(low + high - 2 * middle) > 1e-5:
+            raise ValueError("This VAE's output is no plain rescaling of pixels; gradients cannot pass through it.")
+        self._gain = (high - low) / 0.5
+        self._offset = middle - self._gain * 0.5
+
+    def run(self, loop: Callable[[], Result], beside: list[ModelPatcher]) -> Result:
+        """Run ``loop`` with everything loaded; whatever happens in it, the user's model is as it was afterwards.
+
+        Args:
+            beside: further models (the judge) to keep on the device together with model and VAE.
+        """
+        patched = self.model
+        options = patched.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = lambda f, *args, **kwargs: attention_pytorch(*args, **kwargs)
+
+        def load(executor, model, noise_shape, conds, model_options=None, **kwargs):
+            extra, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
+            extra += comfy.sampler_helpers.get_additional_models_from_model_options(model_options)
+            extra += model.get_nested_additional_models()
+            memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
+            load_for_training([model, self.vae.patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
+            return model.model, conds, extra
+
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, load)
+        injection = PatcherInjection(
+            inject=lambda p: self.lora.inject(p.model.diffusion_model), eject=lambda p: self.lora.eject()
+        )
+        patched.set_injections(KEY, [injection])
+        guider = comfy.samplers.CFGGuider(patched)
+        guider.set_cfg(self.cfg)
+        with ExitStack() as stack:
+            stack.enter_context(gradients())
+            stack.callback(patched.eject_model)
+            self.lora.to(patched.load_device)
+            guider.inner_set_conds(_normal_tensors(self.conds))
+            noise = torch.zeros_like(self.latent)
+            sampler = _Loop(self, loop)
+            guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
+        return sampler.result
+
+    # What the loop may call, only while ``run`` is running it.
+
+    def noise(self, seed: int) -> Tensor:
+        """Unit Gaussian noise in the latent's shape, the same that KSampler draws for this seed."""
+        self._extra_args["seed"] = seed  # ancestral samplers draw their own noise from it
+        return comfy.sample.prepare_noise(self._latent, seed).to(self._latent.device)
+
+    @torch.no_grad()
+    def roll(self, noise: Tensor, k: int) -> Tensor:
+        """x_σk: the schedule walked from pure noise to step ``k`` (0 <= k <= steps), LoRA on, without gradients."""
+        self._denoiser.noise = noise
+        model_sampling = self._guider.inner_model.model_sampling
+        full = self.sampler.max_denoise(self._guider, self._sigmas)
+        x = model_sampling.noise_scaling(self._sigmas[0], noise, self._latent, full)
+        if k == 0:
+            return x
+        walk = {"extra_args": self._extra_args, "callback": None, "disable": True, **self.sampler.extra_options}
+        return self.sampler.sampler_function(self._denoiser, x, self._sigmas[: k + 1], **walk)
+
+    def predict(self, x: Tensor, k: int) -> Tensor:
+        """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate)."""
+        return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] of latents, 0..1 by the VAE's own mapping but not clamped, so no gradient dies.
+
+        Frames of a video latent are laid out along the batch.
+        """
+        latent = self._guider.inner_model.process_latent_out(x0)
+        pixels = self.vae.first_stage_model.decode(latent.to(self.vae.device, self.vae.vae_dtype)).float()
+        if pixels.ndim == 5:
+            pixels = pixels.transpose(1, 2).flatten(0, 1)
+        return pixels * self._gain + self._offset
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> Tensor:
+        """Finished pictures [B, 3, H, W], clamped to 0..1: what KSampler and VAE Decode would show for this seed."""
+        x0 = self._guider.inner_model.model_sampling.inverse_noise_scaling(
+            self._sigmas[-1], self.roll(self.noise(seed), self.steps)
+        )
+        return self.decode(x0).clamp(0, 1)
+
+
+class _Loop(comfy.samplers.Sampler):
+    """The ``Sampler`` that, instead of sampling, gives the student its working parts and runs the training loop."""
+
+    def __init__(self, student: ComfyStudent, loop: Callable[[], None]):
+        self.student, self.loop = student, loop
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        student = self.student
+        student._guider, student._sigmas, student._latent = model_wrap, sigmas, latent_image
+        student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
+        student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        student._denoiser.latent_image = latent_image
+        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
+            self.result = self.loop()
+        return latent_image
+
+
+def _normal_tensors(value):
+    """Copies of all tensors in nested lists and dicts: those that come in from other nodes are inference tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_normal_tensors(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _normal_tensors(v) for k, v in value.items()}
+    return value

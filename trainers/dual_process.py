@@ -1,0 +1,137 @@
+"""Dual-process training (Luo et al., ICCV 2025, arXiv 2506.01955): a generator learns from a VLM's answers.
+
+One step: draw a noise, roll to a random step k without gradients, predict x0 with gradients, decode it, ask the judge,
+take the gradient at the picture, let the judge's graph go, and carry it on through VAE and generator into the LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+
+TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
+CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps at most.
+        learning_rate: of AdamW, without weight decay.
+        seed: fixes noises, steps and augmentation; LoRA initialisation has the student's own seed.
+        anchor: weight of the mean squared distance between x0 with and without the LoRA, in the model's latent units.
+        judge_noise: standard deviation at most of the noise laid over pictures before the judge, in 0..1 pixel units;
+            it takes away the pixel patterns that fool a judge.
+        clip: gradient norm at most.
+        check_every: steps between looks at the held-out seeds; 0 never looks.
+        held: mean P(wanted answer) on the held-out seeds, for every question, at which training stops.
+        check_seeds: number of held-out seeds.
+    """
+
+    steps: int = 100
+    learning_rate: float = 1e-4
+    seed: int = 0
+    anchor: float = 0.1
+    judge_noise: float = 0.1
+    clip: float = 1.0
+    check_every: int = 10
+    held: float = 0.97
+    check_seeds: int = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """A look at the held-out seeds: after which step, mean P(wanted answer) [Q], pictures [N, 3, H, W] in 0..1."""
+
+    step: int
+    scores: list[float]
+    pictures: Tensor
+
+
+@dataclass
+class Run:
+    """What happened: loss and mean P(wanted answer) [Q] of every step, the checks, why it ended.
+
+    The first check shows the model without the LoRA, the last one with the LoRA that was kept.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    scores: list[list[float]] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    stopped: str = "all steps done"
+
+
+def train(student, judge, objective: Objective, settings: Settings, on_step: Callable[[Run, Tensor], None]) -> Run:
+    """Teach ``student`` (already running, see ``ComfyStudent.run``) what ``objective`` asks ``judge``.
+
+    Args:
+        on_step: called after every step with the run so far and the step's pictures [B, 3, H, W], unclamped.
+    Returns:
+        The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0).
+    Raises:
+        RuntimeError: no gradient arrives at the LoRA.
+    """
+    run = Run()
+    parameters = list(student.lora.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    rng = torch.Generator().manual_seed(settings.seed)
+    run.checks.append(check(student, judge, objective, settings, step=0))
+    best, kept = run.checks[0], student.lora.snapshot()
+
+    for step in range(1, settings.steps + 1):
+        seed, k = int(torch.randint(2**31, (), generator=rng)), int(torch.randint(student.steps, (), generator=rng))
+        x = student.roll(student.noise(TRAINING_SEEDS + seed), k)
+        x0 = student.predict(x, k)
+        image = student.decode(x0)
+
+        seen = image.detach().requires_grad_()  # the judge's graph ends at the picture
+        loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
+        loss.backward()
+        with torch.no_grad(), student.lora.disabled():
+            drift = x0 - student.predict(x, k)
+        torch.autograd.backward([image, x0], [seen.grad, settings.anchor * 2 / x0.numel() * drift.detach()])
+
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        if not torch.isfinite(norm) or (norm == 0 and loss > 0):
+            raise RuntimeError(
+                f"Step {step}: the gradient that reaches the LoRA has norm {norm.item()}; nothing can be learned from "
+                "it. Lower the learning rate, or load model, VAE and judge in bf16 or fp32."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+        run.loss.append(loss.item())
+        run.scores.append(scores.mean(dim=0).tolist())
+        on_step(run, image.detach())
+        if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
+            run.checks.append(check(student, judge, objective, settings, step))
+            if settings.check_every == 0 or min(run.checks[-1].scores) >= min(best.scores):
+                best, kept = run.checks[-1], student.lora.snapshot()
+            if min(best.scores) >= settings.held:
+                run.stopped = f"held at step {step}"
+                break
+    student.lora.load_state_dict(kept)
+    if run.checks[-1] is not best:
+        run.checks.append(best)
+    return run
+
+
+def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+    """``image`` plus Gaussian noise whose standard deviation is drawn from 0..``strength`` for each picture."""
+    sigma = strength * torch.rand(image.shape[0], 1, 1, 1, generator=rng)
+    return image + (sigma * torch.randn(image.shape, generator=rng)).to(image)
+
+
+@torch.no_grad()
+def check(student, judge, objective: Objective, settings: Settings, step: int) -> Check:
+    """Draw the held-out seeds to the end and ask the judge about them."""
+    pictures = torch.cat([student.draw(CHECK_SEEDS + i) for i in range(settings.check_seeds)])
+    _, scores = objective(judge, pictures)
+    return Check(step, scores.mean(dim=0).tolist(), pictures)

@@ -1,0 +1,139 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) that run beside the frozen layers of a diffusion model.
+
+An adapted layer computes ``y = W x + (alpha / rank) B A x``. ``A`` and ``B`` are float32 whatever the model's dtype:
+in bf16 most entries of ``A`` could not move at the learning rates used here. The frozen weight is never touched, so
+the model is bit-identical once the adapters are ejected.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .forward_override import override_forward
+
+# Layers that steer the whole network (modulation, embedders, norms) rather than draw: adapting them burns pictures.
+NOT_ADAPTED = re.compile(r"(.*_)?mod(ulation)?(_.*)?|adaLN.*|.*emb(ed.*)?(_.*)?|.*norm.*", re.IGNORECASE)
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def repeated_blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks a diffusion model stacks, as (path, module): what checkpointing cuts at and LoRA adapts.
+
+    A block is a module with children found in a list (of lists) that hangs directly under ``diffusion_model``.
+    """
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if isinstance(child, CONTAINERS):
+                yield from walk(f"{path}{name}.", child)
+            elif path and any(True for _ in child.children()):
+                yield f"{path}{name}", child
+
+    yield from walk("", diffusion_model)
+
+
+def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.Module]:
+    """Linear layers to adapt, by path.
+
+    Args:
+        pattern: a regular expression searched in each path, e.g. ``attn`` for attention only. Empty: every attention
+            and MLP layer of the repeated blocks.
+    Raises:
+        ValueError: nothing matches.
+    """
+    targets = {}
+    for block_path, block in repeated_blocks(diffusion_model):
+        for name, layer in block.named_modules():
+            path = f"{block_path}.{name}"
+            if not hasattr(layer, "in_features") or any(NOT_ADAPTED.fullmatch(part) for part in path.split(".")):
+                continue
+            if re.search(pattern, path):
+                targets[path] = layer
+    if not targets:
+        raise ValueError(
+            f"No layer of {type(diffusion_model).__name__} matches the LoRA targets '{pattern}'. "
+            "Leave the targets empty to adapt attention and MLP layers."
+        )
+    return targets
+
+
+class Adapter(nn.Module):
+    """A low-rank update ``(alpha / rank) B A`` of a linear layer; ``B`` starts at zero, so training starts at base."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.A.dtype) @ self.A.T) @ self.B.T * self.scale
+
+
+class LoRA(nn.Module):
+    """Adapters for a set of layers.
+
+    Args:
+        layers: path within the diffusion model -> linear layer.
+        rank: width of the update.
+        alpha: the update is scaled by ``alpha / rank``.
+        seed: fixes the initial ``A``.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], rank: int, alpha: float, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.paths = list(layers)
+        self.adapters = nn.ModuleList(Adapter(layer, rank, alpha, generator) for layer in layers.values())
+        self.enabled = True
+        self._undo: list = []
+
+    def inject(self, diffusion_model: nn.Module) -> None:
+        """Add every adapter's output to that of the layer at its path."""
+        for path, adapter in zip(self.paths, self.adapters):
+            self._undo.append(override_forward(diffusion_model.get_submodule(path), self._adapted(adapter)))
+
+    def eject(self) -> None:
+        """Give every layer its own ``forward`` back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _adapted(self, adapter: Adapter):
+        def wrap(forward):
+            def adapted(x: Tensor, *args, **kwargs) -> Tensor:
+                y = forward(x, *args, **kwargs)
+                return y + adapter(x).to(y.dtype) if self.enabled else y
+
+            return adapted
+
+        return wrap
+
+    @contextmanager
+    def disabled(self):
+        """The model without this LoRA, for as long as the context lasts."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of all parameters on the CPU, to go back to with ``load_state_dict``."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
+
+    def export(self) -> dict[str, Tensor]:
+        """File tensors ``diffusion_model.<path>.lora_A/.lora_B.weight`` (float32, CPU).
+
+        ``alpha / rank`` is folded into ``B``: strength 1.0 in any LoRA loader is the trained behaviour.
+        """
+        tensors = {}
+        for path, adapter in zip(self.paths, self.adapters):
+            tensors[f"diffusion_model.{path}.lora_A.weight"] = adapter.A.detach().cpu().clone().contiguous()
+            tensors[f"diffusion_model.{path}.lora_B.weight"] = (adapter.B.detach() * adapter.scale).cpu().contiguous()
+        return tensors

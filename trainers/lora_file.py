@@ -1,0 +1,73 @@
+"""LoRA files: safetensors that any ComfyUI LoRA loader reads, with the story of how they came to be."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .dual_process import Run, Settings
+from .objective import Objective
+
+VERSION = "0.1.0"
+
+
+class TrainedLoRA(dict[str, Tensor]):
+    """Core's LORA_MODEL (tensors by file key) that remembers its ``metadata`` (text by text, safetensors header)."""
+
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
+def new_lora_path(root: Path, prefix: str) -> Path:
+    """The first free ``<root>/<prefix>_00001.safetensors``.
+
+    ComfyUI's loader keeps files by path, so a name is never used twice.
+
+    Raises:
+        ValueError: ``prefix`` is empty or leads out of ``root``.
+    """
+    start = (root / prefix).resolve()
+    if not Path(prefix).name or not start.is_relative_to(root.resolve()):
+        raise ValueError(f"'{prefix}' is no file name inside {root}. Use something like 'dual_process/horizon'.")
+    pattern = re.compile(re.escape(start.name) + r"_(\d+)\.safetensors")
+    taken = [int(m[1]) for f in start.parent.glob("*.safetensors") if (m := pattern.fullmatch(f.name))]
+    return start.with_name(f"{start.name}_{max(taken, default=0) + 1:05}.safetensors")
+
+
+def save_lora(lora: dict[str, Tensor], path: Path) -> None:
+    """Write ``lora`` (a ``TrainedLoRA`` with its metadata, or any dict of tensors) to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
+    save_file(tensors, path, metadata={"format": "pt", **getattr(lora, "metadata", {})})
+
+
+def describe(run: Run, objective: Objective, settings: Settings, judge: str, rank: int) -> dict[str, str]:
+    """Metadata of a trained LoRA: the keys LoRA managers read, and under ``dual_process`` how it came to be."""
+    story = {
+        "version": VERSION,
+        "questions": [asdict(question) for question in objective.questions],
+        "objective": objective.kind,
+        "judge": judge,
+        "settings": asdict(settings),
+        "steps_done": len(run.loss),
+        "stopped": run.stopped,
+        "held_out_scores_before": run.checks[0].scores,
+        "held_out_scores_after": run.checks[-1].scores,
+    }
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": "; ".join(f"{q.text} {q.answer}" for q in objective.questions),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_learning_rate": str(settings.learning_rate),
+        "ss_steps": str(len(run.loss)),
+        "ss_seed": str(settings.seed),
+        "dual_process": json.dumps(story),
+    }
