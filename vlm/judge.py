@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .look import plain_look
+from .look import Look
 from .prompts import PromptWriter
 from .question import Question
 
@@ -34,6 +34,7 @@ class Judge:
         self.processor = processor
         self.name = name
         self.prompts = PromptWriter(processor, name, system, suffix, template)
+        self.look = Look(self.model, name)
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +59,7 @@ class Judge:
         shown = self._shown(images)
         sizes = tuple(tuple(batch.shape[-2:]) for batch in shown)
         prompts = [self.prompts.encode(question.text, question.answer, sizes) for question in questions]
-        return plain_look(self.model, self._pixels(shown), prompts, shown[0].shape[0])
+        return self.look(self._pixels(shown), prompts, shown[0].shape[0])
 
     @torch.no_grad()
     def ask(self, image: Tensor, text: str, max_new_tokens: int = 64) -> str:

@@ -1,74 +1,88 @@
-"""Reading answer log-likelihoods from a model, one prompt at a time."""
+"""The choice between one look for all questions and one look for each."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .plain import answer_logp, plain_look
 from .prompts import Prompt
+from .shared import shared_look
+
+log = logging.getLogger(__name__)
+
+# How far two ways of computing one log-likelihood may lie apart: rounding of fp32, and of 16-bit activations.
+TOLERANCE_FP32 = 1e-3
+TOLERANCE_HALF = 0.25
 
 
-def plain_look(model, pixels: dict[str, Tensor], prompts: Sequence[Prompt], rows: int) -> Tensor:
-    """Mean log-likelihood per answer token, every distinct prompt passed through the whole model.
+class Look:
+    """Scores prompts over one shared image prefix where the model allows it, else prompt by prompt.
 
-    Prompts that differ only in their answer share a pass; an answer of several tokens costs one of its own.
+    Whether it allows it is found out by doing both once, on the first pictures with several questions. A family whose
+    cache cannot be continued, or whose image tokens attend to the question, fails that trial.
 
     Args:
         model: image-text-to-text model.
-        pixels: the processor's picture tensors for ``rows`` rows.
-        prompts: what to score.
-        rows: batch size B.
-
-    Returns:
-        ``[B, len(prompts)]`` float32.
+        name: how the judge is called in messages.
     """
-    columns: list[Tensor] = [None] * len(prompts)
-    for members in _by_prompt(prompts):
-        first = None
-        for i in sorted(members, key=lambda i: -len(prompts[i].answer)):
-            answer = prompts[i].answer
-            if first is not None and len(answer) == 1:
-                columns[i] = first[:, answer[0]]
-                continue
-            logp = _answer_logp(model, pixels, prompts[i], rows)
-            first = logp[:, 0]
-            columns[i] = _mean_token(logp, answer)
-    return torch.stack(columns, dim=1)
 
+    def __init__(self, model, name: str):
+        self.model = model
+        self.name = name
+        self.shares: bool | None = None
+        self._causal = False
 
-def _answer_logp(model, pixels: dict[str, Tensor], prompt: Prompt, rows: int) -> Tensor:
-    """Log-probabilities ``[B, n, V]`` at the n positions that predict the answer's tokens."""
-    inputs = extended(prompt.inputs, prompt.answer[:-1])
-    inputs = {key: value.to(model.device).expand(rows, *value.shape[1:]) for key, value in inputs.items()}
-    n = len(prompt.answer)
-    logits = model(**inputs, **pixels, logits_to_keep=n, use_cache=False).logits
-    return logits[:, -n:].float().log_softmax(-1)
+    def __call__(self, pixels: dict[str, Tensor], prompts: Sequence[Prompt], rows: int) -> Tensor:
+        """Mean log-likelihood per answer token ``[rows, len(prompts)]``, float32.
 
+        Raises:
+            ValueError: an answer has several tokens and the model lets its prompt see them.
+        """
+        if len({prompt.ids + prompt.answer[:-1] for prompt in prompts}) > 1:
+            if self.shares is None:
+                self.shares = self._try_sharing(pixels, prompts, rows)
+            if self.shares:
+                return shared_look(self.model, pixels, prompts, rows)
+        for prompt in prompts:
+            if len(prompt.answer) > 1 and not self._causal:
+                self._check_causal(pixels, prompt, rows)
+        return plain_look(self.model, pixels, prompts, rows)
 
-def extended(inputs: dict[str, Tensor], tokens: Sequence[int]) -> dict[str, Tensor]:
-    """The text side with ``tokens`` appended; every other tensor repeats its last column, as ``generate`` does."""
-    if not tokens:
-        return inputs
-    longer = {}
-    for key, value in inputs.items():
-        if key == "input_ids":
-            added = torch.tensor([list(tokens)])
+    @torch.no_grad()
+    def _try_sharing(self, pixels: dict[str, Tensor], prompts: Sequence[Prompt], rows: int) -> bool:
+        try:
+            gap = (shared_look(self.model, pixels, prompts, rows) - plain_look(self.model, pixels, prompts, rows)).abs()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every family fails in its own way, and all of them mean the same here
+            reason = f"{type(error).__name__}: {error}"
         else:
-            added = value[:, -1:].repeat_interleave(len(tokens), dim=1)
-        longer[key] = torch.cat([value, added], dim=1)
-    return longer
+            if gap.max() <= self._tolerance():
+                return True
+            reason = f"log-likelihoods differ by {gap.max():.3g}"
+        log.warning(
+            "%s cannot share one look at the picture between questions (%s): every question costs a whole pass.",
+            self.name,
+            reason,
+        )
+        return False
 
+    @torch.no_grad()
+    def _check_causal(self, pixels: dict[str, Tensor], prompt: Prompt, rows: int) -> None:
+        """The first answer token must be as likely with the rest of the answer fed as without."""
+        first = Prompt(prompt.inputs, prompt.answer[:1])
+        alone = answer_logp(self.model, pixels, first, rows)[:, 0]
+        gap = (answer_logp(self.model, pixels, prompt, rows)[:, 0] - alone).abs().max()
+        if gap > self._tolerance():
+            raise ValueError(
+                f"{self.name} lets its prompt see the answer, so an answer of {len(prompt.answer)} tokens cannot be "
+                "scored: choose an answer of one token, such as Yes."
+            )
+        self._causal = True
 
-def _mean_token(logp: Tensor, answer: tuple[int, ...]) -> Tensor:
-    wanted = torch.tensor(answer, device=logp.device).view(1, -1, 1).expand(logp.shape[0], -1, 1)
-    return logp.gather(-1, wanted)[..., 0].mean(dim=1)
-
-
-def _by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Indices of prompts with the same tokens, together."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(prompt.ids, []).append(i)
-    return list(groups.values())
+    def _tolerance(self) -> float:
+        return TOLERANCE_FP32 if self.model.dtype == torch.float32 else TOLERANCE_HALF

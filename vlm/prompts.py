@@ -71,7 +71,7 @@ class PromptWriter:
         ids = inputs["input_ids"][0].tolist()
         prompt += self._appended(ids, prompt)
         before, after = self._tokens(prompt), self._tokens(prompt + spoken)
-        shared = _common(before, after)
+        shared = common_length(before, after)
         answer_ids = tuple(after[shared:])
         if not answer_ids or set(answer_ids) == {self.processor.tokenizer.unk_token_id}:
             raise ValueError(f'{self.name} has no token for the answer "{answer}": choose another word.')
@@ -85,7 +85,7 @@ class PromptWriter:
         if self.template:
             return prompt, answer
         whole = self._chat(question, images, answer)
-        start = len(prompt) if whole.startswith(prompt) else _common(prompt, whole)
+        start = len(prompt) if whole.startswith(prompt) else common_length(prompt, whole)
         found = whole.find(answer, start)
         if found < 0:
             raise ValueError(f'The chat template of {self.name} drops the answer "{answer}": choose another wording.')
@@ -116,6 +116,6 @@ class PromptWriter:
         return self.processor.tokenizer.decode(extra)
 
 
-def _common(a, b) -> int:
+def common_length(a, b) -> int:
     """Length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
