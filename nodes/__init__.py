@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .judge import AskJudge, JudgeScore
 from .loaders import JudgeLoader, TinyTextEncoder
 from .lora import ApplyLoRA, SaveLoRA
-from .question import AskQuestion
+from .question import AskQuestion, MorePrompts
 from .trainer import Trainer
 
 
@@ -13,4 +13,14 @@ class DualProcessExtension(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [JudgeLoader, AskQuestion, Trainer, ApplyLoRA, SaveLoRA, AskJudge, JudgeScore, TinyTextEncoder]
+        return [
+            JudgeLoader,
+            AskQuestion,
+            MorePrompts,
+            Trainer,
+            ApplyLoRA,
+            SaveLoRA,
+            AskJudge,
+            JudgeScore,
+            TinyTextEncoder,
+        ]

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import comfy.model_management as mm
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from ..trainers.comfy_memory import ManagedJudge
@@ -53,7 +55,9 @@ class JudgeLoader(io.ComfyNode):
         found = judges()
         if judge not in found:
             raise ValueError(f"There is no judge '{judge}' in models/VLM or models/LLM (any more).")
-        return io.NodeOutput(ManagedJudge(load_judge(found[judge], dtype=dtype)))
+        on_cpu = mm.is_device_cpu(mm.get_torch_device())
+        precision = (torch.float32 if on_cpu else None) if dtype == "auto" else getattr(torch, dtype)
+        return io.NodeOutput(ManagedJudge(load_judge(found[judge], dtype=precision)))
 
 
 class TinyTextEncoder(io.ComfyNode):

@@ -1,9 +1,9 @@
-"""The question a judge is asked about every picture."""
+"""What is put to the judge and to the generator: questions and prompts."""
 
 from comfy_api.latest import io
 
 from ..vlm.question import Question
-from .types import CATEGORY, QuestionsType
+from .types import CATEGORY, PromptsType, QuestionsType
 
 
 class AskQuestion(io.ComfyNode):
@@ -45,3 +45,25 @@ class AskQuestion(io.ComfyNode):
     @classmethod
     def execute(cls, text, answer, weight, questions=None):
         return io.NodeOutput([*(questions or []), Question(text, answer, weight)])
+
+
+class MorePrompts(io.ComfyNode):
+    """One more prompt to train on, at the end of a chain."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessMorePrompts",
+            display_name="More Prompts",
+            category=CATEGORY,
+            description="Collects prompts for the trainer. A control learned on several prompts holds on more of them.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="One more prompt to train on."),
+                PromptsType.Input("prompts", optional=True, tooltip="Prompts that come before this one."),
+            ],
+            outputs=[PromptsType.Output(display_name="prompts", tooltip="Connect to the trainer's more_prompts.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, prompts=None):
+        return io.NodeOutput([*(prompts or []), conditioning])

@@ -14,7 +14,7 @@ from ..trainers.comfy_student import ComfyStudent
 from ..trainers.dual_process import Run, Settings, train
 from ..trainers.lora_file import TrainedLoRA, describe
 from ..trainers.objective import LIKELIHOOD, MARGIN, Objective
-from .types import CATEGORY, JudgeType, LoRAType, LossType, QuestionsType
+from .types import CATEGORY, JudgeType, LoRAType, LossType, PromptsType, QuestionsType
 
 PREVIEW_SECONDS = 0.5
 
@@ -38,6 +38,9 @@ class Trainer(io.ComfyNode):
                 JudgeType.Input("judge", tooltip="The vision-language model that looks at the pictures."),
                 QuestionsType.Input("questions", tooltip="What the judge is asked, and the answers you want."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed only when cfg is not 1."),
+                PromptsType.Input("more_prompts", optional=True, tooltip="Each step draws one of these or positive."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of scheduler and sampler_steps."),
+                io.Sampler.Input("sampler", optional=True, tooltip="Instead of sampler_name."),
                 io.Int.Input("steps", default=100, min=1, max=10000, tooltip="Training steps at most."),
                 io.Float.Input(
                     "learning_rate",
@@ -154,6 +157,9 @@ class Trainer(io.ComfyNode):
         stop_at,
         checkpointing,
         negative=None,
+        more_prompts=None,
+        sigmas=None,
+        sampler=None,
     ):
         goal = Objective(questions, objective)
         settings = Settings(
@@ -165,15 +171,16 @@ class Trainer(io.ComfyNode):
             check_every=check_every,
             held=stop_at,
         )
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, sampler_steps)
+        if sigmas is None:
+            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, sampler_steps)
         student = ComfyStudent(
             model,
             vae,
-            positive,
+            [positive, *(more_prompts or [])],
             negative,
             latent,
             sigmas,
-            comfy.samplers.sampler_object(sampler_name),
+            sampler or comfy.samplers.sampler_object(sampler_name),
             cfg=cfg,
             rank=rank,
             alpha=float(rank),

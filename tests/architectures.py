@@ -195,7 +195,7 @@ def build_student(name: str, model: ModelPatcher | None = None, **settings):
     model = model or build_model(name)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
     defaults = {
-        "vae": build_vae(name), "positive": build_conditioning(name), "negative": build_conditioning(name, seed=2),
+        "vae": build_vae(name), "positives": [build_conditioning(name)], "negative": build_conditioning(name, seed=2),
         "latent": build_latent(name), "sigmas": sigmas, "sampler": comfy.samplers.sampler_object("euler"),
         "cfg": 1.5, "rank": 4, "alpha": 4.0,
     }  # fmt: skip

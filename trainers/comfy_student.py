@@ -28,16 +28,20 @@ from .lora import LoRA, lora_targets
 
 Result = TypeVar("Result")
 KEY = "dual_process"
+FP16_GRADIENT_SCALE = 1024.0  # keeps small gradients from vanishing in half precision activations
 TRAINING_MEMORY = 3  # activations kept for backward, in units of ComfyUI's estimate for inference
 
 
 class ComfyStudent:
     """What the loop trains: rolls out, predicts x0, decodes, and owns the LoRA.
 
+    Attributes for the loop: ``steps`` of the schedule, ``prompts`` to choose from, ``lora``, and ``gradient_scale``,
+    by which gradients are to be multiplied on their way through VAE and generator.
+
     Args:
         model: ComfyUI MODEL; it is cloned, and the weights it shares are bit-identical after ``run``.
         vae: ComfyUI VAE that decodes the model's latents.
-        positive: CONDITIONING.
+        positives: CONDITIONINGs, one for each prompt to train on.
         negative: CONDITIONING, or None when ``cfg`` is 1.
         latent: ComfyUI LATENT; its batch size is the number of pictures per step.
         sigmas: noise levels of the schedule, falling, last one 0; shape [steps + 1].
@@ -53,7 +57,7 @@ class ComfyStudent:
         self,
         model: ModelPatcher,
         vae: VAE,
-        positive: list,
+        positives: list[list],
         negative: list | None,
         latent: dict,
         sigmas: Tensor,
@@ -73,7 +77,10 @@ class ComfyStudent:
         self.model = model.clone(disable_dynamic=True) if can_be_static else model.clone()
         self.vae = vae
         self.latent_mask = latent.get("noise_mask")
-        self.conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+        self.conds = {f"prompt {i}": positive for i, positive in enumerate(positives)}
+        self.prompts = len(positives)
+        if negative is not None:
+            self.conds["negative"] = negative
         self.cfg, self.sigmas, self.sampler, self.checkpointed = cfg, sigmas, sampler, checkpointed
         self.steps = len(sigmas) - 1
         self._check_vae()
@@ -124,13 +131,17 @@ class ComfyStudent:
             stack.enter_context(gradients())
             stack.callback(patched.eject_model)
             self.lora.to(patched.load_device)
-            guider.inner_set_conds(_normal_tensors(self.conds))
+            guider.inner_set_conds(_normal_tensors({"positive": self.conds["prompt 0"], **self.conds}))
             noise = torch.zeros_like(self.latent)
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
         return sampler.result
 
     # What the loop may call, only while ``run`` is running it.
+
+    def use_prompt(self, index: int) -> None:
+        """Draw with prompt ``index`` (0 <= index < prompts) from now on."""
+        self._guider.conds["positive"] = self._guider.conds[f"prompt {index}"]
 
     def noise(self, seed: int) -> Tensor:
         """Unit Gaussian noise in the latent's shape, the same that KSampler draws for this seed."""
@@ -165,8 +176,9 @@ class ComfyStudent:
         return pixels * self._gain + self._offset
 
     @torch.no_grad()
-    def draw(self, seed: int) -> Tensor:
+    def draw(self, seed: int, prompt: int = 0) -> Tensor:
         """Finished pictures [B, 3, H, W], clamped to 0..1: what KSampler and VAE Decode would show for this seed."""
+        self.use_prompt(prompt)
         x0 = self._guider.inner_model.model_sampling.inverse_noise_scaling(
             self._sigmas[-1], self.roll(self.noise(seed), self.steps)
         )
@@ -187,9 +199,14 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
+        student.gradient_scale = FP16_GRADIENT_SCALE if _computes_in_fp16(model_wrap.inner_model) else 1.0
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
             self.result = self.loop()
         return latent_image
+
+
+def _computes_in_fp16(model) -> bool:
+    return (model.manual_cast_dtype or model.get_dtype()) == torch.float16
 
 
 def _normal_tensors(value):

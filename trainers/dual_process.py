@@ -1,7 +1,8 @@
 """Dual-process training (Luo et al., ICCV 2025, arXiv 2506.01955): a generator learns from a VLM's answers.
 
-One step: draw a noise, roll to a random step k without gradients, predict x0 with gradients, decode it, ask the judge,
-take the gradient at the picture, let the judge's graph go, and carry it on through VAE and generator into the LoRA.
+One step: draw a prompt and a noise, roll to a random step k without gradients, predict x0 with gradients, decode it,
+ask the judge, take the gradient at the picture, let the judge's graph go, and carry it on through VAE and generator
+into the LoRA.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     best, kept = run.checks[0], student.lora.snapshot()
 
     for step in range(1, settings.steps + 1):
-        seed, k = int(torch.randint(2**31, (), generator=rng)), int(torch.randint(student.steps, (), generator=rng))
+        seed, k, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.steps, student.prompts))
+        student.use_prompt(prompt)
         x = student.roll(student.noise(TRAINING_SEEDS + seed), k)
         x0 = student.predict(x, k)
         image = student.decode(x0)
@@ -96,7 +98,11 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         loss.backward()
         with torch.no_grad(), student.lora.disabled():
             drift = x0 - student.predict(x, k)
-        torch.autograd.backward([image, x0], [seen.grad, settings.anchor * 2 / x0.numel() * drift.detach()])
+        pull = settings.anchor * 2 / x0.numel() * drift
+        torch.autograd.backward([image, x0], [seen.grad * student.gradient_scale, pull * student.gradient_scale])
+        for parameter in parameters:
+            if parameter.grad is not None:  # some layers of the last block reach no pixel
+                parameter.grad /= student.gradient_scale
 
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         if not torch.isfinite(norm) or (norm == 0 and loss > 0):
@@ -132,6 +138,6 @@ def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 @torch.no_grad()
 def check(student, judge, objective: Objective, settings: Settings, step: int) -> Check:
     """Draw the held-out seeds to the end and ask the judge about them."""
-    pictures = torch.cat([student.draw(CHECK_SEEDS + i) for i in range(settings.check_seeds)])
+    pictures = torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
     _, scores = objective(judge, pictures)
     return Check(step, scores.mean(dim=0).tolist(), pictures)
