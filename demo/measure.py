@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..tiny.oracles import drift, holds, measure
+from ..tiny.drift import drift
+from ..tiny.oracles import holds, measure
 from ..vlm.judge import Judge
 from ..vlm.question import Question
 

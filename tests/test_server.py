@@ -15,6 +15,7 @@ from dual_process.demo.workflow import nodes_of, template, to_api
 NODE_IDS = {
     "DualProcessJudgeLoader",
     "DualProcessQuestion",
+    "DualProcessMorePrompts",
     "DualProcessTrainer",
     "DualProcessApplyLoRA",
     "DualProcessSaveLoRA",
