@@ -75,7 +75,12 @@ class Trainer(io.ComfyNode):
                     "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale you will draw with."
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**31, tooltip="Same seed and inputs, same LoRA (on one machine)."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    control_after_generate=False,
+                    tooltip="Same seed and inputs, same LoRA (on one machine).",
                 ),
                 io.Combo.Input(
                     "objective",

@@ -93,7 +93,8 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         x0 = student.predict(x, k)
         image = student.decode(x0)
 
-        seen = image.detach().requires_grad_()  # the judge's graph ends at the picture
+        # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
+        seen = image.detach().clamp(0, 1).requires_grad_()
         loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
         loss.backward()
         with torch.no_grad(), student.lora.disabled():

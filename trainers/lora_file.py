@@ -33,7 +33,7 @@ def new_lora_path(root: Path, prefix: str) -> Path:
         ValueError: ``prefix`` is empty or leads out of ``root``.
     """
     start = (root / prefix).resolve()
-    if not Path(prefix).name or not start.is_relative_to(root.resolve()):
+    if root.resolve() not in start.parents:
         raise ValueError(f"'{prefix}' is no file name inside {root}. Use something like 'dual_process/horizon'.")
     pattern = re.compile(re.escape(start.name) + r"_(\d+)\.safetensors")
     taken = [int(m[1]) for f in start.parent.glob("*.safetensors") if (m := pattern.fullmatch(f.name))]

@@ -1,0 +1,93 @@
+"""LoRA layers and files, without ComfyUI."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from dual_process.trainers.lora import LoRA, lora_targets, repeated_blocks
+from dual_process.trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)})
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(8, 48))
+        self.img_mod = nn.Linear(8, 8)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x_embedder = nn.Linear(8, 8)
+        self.time_embed = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.final_layer = nn.Linear(8, 8)
+
+
+def test_targets_are_attention_and_mlp_of_the_blocks():
+    names = ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"]
+    assert [path for path, _ in repeated_blocks(Net())] == ["blocks.0", "blocks.1"]
+    assert list(lora_targets(Net())) == [f"blocks.{i}.{name}" for i in (0, 1) for name in names]
+    assert list(lora_targets(Net(), r"attn\.qkv")) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    with pytest.raises(ValueError, match="Net matches the LoRA targets 'cross'"):
+        lora_targets(Net(), "cross")
+
+
+def test_injected_is_the_formula_and_ejected_is_as_before():
+    torch.manual_seed(0)
+    net = Net()
+    lora = LoRA(lora_targets(net), rank=2, alpha=6.0, seed=1)
+    layer, adapter = net.blocks[1].mlp[0], lora.adapters[lora.paths.index("blocks.1.mlp.0")]
+    x = torch.randn(3, 8)
+    before = layer(x)
+    lora.inject(net)
+    assert torch.equal(layer(x), before)  # B is zero at the start
+    nn.init.normal_(adapter.B)
+    assert torch.allclose(layer(x), before + 3.0 * x @ adapter.A.T @ adapter.B.T, atol=1e-6)
+    with lora.disabled():
+        assert torch.equal(layer(x), before)
+    tensors = lora.export()
+    a, b = (tensors[f"diffusion_model.blocks.1.mlp.0.lora_{n}.weight"] for n in "AB")
+    assert torch.allclose(layer(x), before + x @ a.T @ b.T, atol=1e-6)
+    lora.eject()
+    assert torch.equal(layer(x), before)
+    assert not any("forward" in vars(module) for module in net.modules())
+
+
+def test_a_half_precision_model_gets_a_float32_lora():
+    net = Net().bfloat16()
+    lora = LoRA(lora_targets(net), rank=2, alpha=2.0, seed=0)
+    lora.inject(net)
+    assert all(p.dtype == torch.float32 for p in lora.parameters())
+    assert net.blocks[0].mlp[0](torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_seed_decides_the_start():
+    def start(seed):
+        return LoRA(lora_targets(Net()), 2, 2.0, seed).adapters[0].A
+
+    assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
+
+
+def test_every_file_gets_a_new_name(tmp_path):
+    lora = TrainedLoRA({"diffusion_model.x.lora_A.weight": torch.ones(2, 3)}, {"dual_process": json.dumps({"a": 1})})
+    first = new_lora_path(tmp_path, "mine/horizon")
+    save_lora(lora, first)
+    second = new_lora_path(tmp_path, "mine/horizon")
+    assert (first.name, second.name) == ("horizon_00001.safetensors", "horizon_00002.safetensors")
+    with safe_open(first, "pt") as file:
+        assert json.loads(file.metadata()["dual_process"]) == {"a": 1}
+        assert torch.equal(file.get_tensor("diffusion_model.x.lora_A.weight"), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("prefix", ["", "../outside", "/outside", "a/../../outside", "folder/.."])
+def test_no_file_outside_the_loras_folder(tmp_path, prefix):
+    with pytest.raises(ValueError, match="is no file name inside"):
+        new_lora_path(tmp_path / "loras", prefix)
