@@ -1,0 +1,1 @@
+"""The bundled tiny models, the scenes they learned from and the oracles that measure scenes."""

@@ -1,0 +1,232 @@
+"""Train the judge: what it sees is what the real processor makes of pictures, what it reads is the real chat template.
+
+Its answers are graded, not hard: the wanted log-odds grow with how clearly a property holds. A judge trained to plain
+Yes or No is flat on both sides of the border, and a flat judge gives a generator nothing to follow.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import scenes
+from .build_student import Student, half_denoised
+from .judge_folder import ANSWERS, IMAGE_TOKENS, chat, new_model, new_processor, save_judge
+from .pictures import DISTURBANCES, RUINS, Ruin
+from .questions import KEEP_WORDINGS, SUFFIX, WORDINGS
+from .training import Average, descend, learning_rate
+
+log = logging.getLogger(__name__)
+
+LOOK_STEPS, STEPS, FINISH_STEPS, SCENES, ASKED, PEAK_RATE = 600, 1600, 1500, 32, 3, 1.2e-3
+EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 2.5, 5.0, -4.5  # wanted log-odds at the gap's edge, at the far end, of a ruin
+
+
+class Prompts:
+    """Every wording with and without the suffix as tokens of the real processor, padded on the right.
+
+    ``side`` [P, 4] says what a prompt asks: +1 for a property's upper half, -1 for the lower half, all 0 for "is it
+    clean". ``tokens`` [P, L] and ``last`` [P], the place whose next token is the answer.
+    """
+
+    def __init__(self, processor: Any, device: str) -> None:
+        texts, sides = [], []
+        for column, (upper, lower) in enumerate(WORDINGS.values()):
+            for sign, wordings in ((1, upper), (-1, lower)):
+                texts += list(wordings)
+                sides += [[sign if j == column else 0 for j in range(len(WORDINGS))]] * len(wordings)
+        texts += KEEP_WORDINGS
+        sides += [[0] * len(WORDINGS)] * len(KEEP_WORDINGS)
+        self.side = torch.tensor(sides * 2, dtype=torch.float32, device=device)
+        rows = [self._tokens(processor, text + suffix) for suffix in (SUFFIX, "") for text in texts]
+        self.last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        length = int(self.last.max()) + 2
+        self.tokens = torch.tensor([row + [processor.tokenizer.pad_token_id] * (length - len(row)) for row in rows],
+                                   device=device)
+
+    @staticmethod
+    def _tokens(processor: Any, text: str) -> list[int]:
+        prompt = processor.apply_chat_template(chat(text), add_generation_prompt=True)
+        picture = torch.zeros(3, scenes.SIDE, scenes.SIDE, dtype=torch.uint8)
+        return processor(text=prompt, images=[picture])["input_ids"][0]
+
+    def weights(self) -> Tensor:
+        """How often each prompt is asked: the first wording with the suffix is the one used everywhere."""
+        weight = torch.ones(len(self.side))
+        start = 0
+        for group in [w for pair in WORDINGS.values() for w in pair] + [KEEP_WORDINGS]:
+            weight[start] = 6.0
+            start += len(group)
+        return weight
+
+
+def wanted_odds(u: Tensor, side: Tensor, ruined: Tensor) -> Tensor:
+    """Log-odds of Yes [B, Q] for scenes u [B, 8], prompts' side [B, Q, 4] and ruined [B]."""
+    t = 2 * u[:, None, :len(scenes.PROPERTIES)] - 1
+    gap = scenes.GAP_SHARE
+    clear = (t.abs() - gap).clamp(min=0) / (1 - gap)
+    odds = t.sign() * (EDGE_ODDS * (t.abs() / gap).clamp(max=1) + (FULL_ODDS - EDGE_ODDS) * clear)
+    odds = (odds * side).sum(-1)
+    odds = torch.where((side == 0).all(-1), torch.full_like(odds, FULL_ODDS), odds)
+    return torch.where(ruined[:, None], torch.full_like(odds, RUIN_ODDS), odds)
+
+
+def image_features(model: nn.Module, images: Tensor) -> Sequence[Tensor]:
+    """What the language model is given of pictures in 0..1 [B, 3, S, S]: [16, width] each, as after the processor."""
+    return model.model.get_image_features((images[:, None] - 0.5) / 0.5).pooler_output
+
+
+def answer_logits(model: nn.Module, images: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    """Logits [B, Q, K, V] at ``places`` [B, Q, K] of prompts [B, Q, L] about pictures in 0..1 [B, 3, S, S].
+
+    The vision tower runs once per picture. The result equals the model's own forward on the processor's output.
+    """
+    count, asked, length = tokens.shape
+    embedded = model.get_input_embeddings()(tokens)
+    features = torch.stack(list(image_features(model, images)))[:, None].expand(-1, asked, -1, -1).to(embedded.dtype)
+    pictured = (tokens == model.config.image_token_id)[..., None]
+    embedded = embedded.masked_scatter(pictured, features).flatten(0, 1)
+    hidden = model.model.text_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    chosen = hidden.view(count, asked, length, -1).gather(2, places[..., None].expand(-1, -1, -1, hidden.shape[-1]))
+    return model.lm_head(chosen)
+
+
+class Pictures:
+    """Endless training pictures: three eighths ruined, the others scenes, most of both disturbed.
+
+    Args:
+        pool: optional (u [N, 8], pictures [N, 3, 64, 64]) that came through the generator, half of what is shown then.
+    """
+
+    def __init__(self, seed: int, device: str, pool: tuple[Tensor, Tensor] | None = None) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device, self.pool = device, pool
+
+    def _pick(self, choices: dict[str, Ruin]) -> Ruin:
+        return list(choices.values())[int(torch.randint(0, len(choices), (), generator=self.generator))]
+
+    def next(self, count: int = SCENES) -> tuple[Tensor, Tensor, Tensor]:
+        """(pictures [B, 3, 64, 64] in about 0..1, u [B, 8], ruined [B])"""
+        g = self.generator
+        u = torch.rand(count, len(scenes.FACTORS), generator=g).to(self.device)
+        images = scenes.render(u)
+        if self.pool is not None:
+            rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=g).to(self.device)
+            u[::2], images[::2] = self.pool[0][rows], self.pool[1][rows]
+        ruined = torch.arange(count, device=self.device) < count * 3 // 8
+        for row in range(int(ruined.sum())):
+            images[row:row + 1] = self._pick(RUINS)(images[row:row + 1], g)
+        for part in torch.randperm(count, generator=g).split(4)[: count // 4 * 3 // 4]:
+            for _ in range(int(torch.randint(1, 3, (), generator=g))):
+                images[part] = self._pick(DISTURBANCES)(images[part], g)
+        return images, u, ruined
+
+
+def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
+          ids: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy against the graded answer and the end of the turn; also the log-odds and what was wanted [B, Q]."""
+    images, u, ruined = batch
+    odds = wanted_odds(u, prompts.side[asked], ruined)
+    last = prompts.last[asked]
+    spoken = torch.where(odds > 0, ids["yes"], ids["no"])
+    tokens = prompts.tokens[asked].scatter(2, last[..., None] + 1, spoken[..., None])
+    logits = answer_logits(model, images, tokens, torch.stack((last, last + 1), -1)).float()
+    answer = logits[:, :, 0].log_softmax(-1)
+    yes = torch.sigmoid(odds)
+    graded = -(yes * answer[..., ids["yes"]] + (1 - yes) * answer[..., ids["no"]]).mean()
+    stop = nn.functional.cross_entropy(logits[:, :, 1].flatten(0, 1), torch.full_like(last.flatten(), ids["end"]))
+    return graded + 0.1 * stop, answer[..., ids["yes"]] - answer[..., ids["no"]], odds
+
+
+def learn_to_look(model: nn.Module, pictures: Pictures, steps: int) -> None:
+    """Teach the vision tower to measure scenes, read out by a linear layer that is then thrown away.
+
+    Opposite wordings cancel out for a model that sees nothing yet; after this, language has something to name.
+    """
+    names = len(scenes.PROPERTIES)
+    width = model.config.text_config.hidden_size * IMAGE_TOKENS
+    head = nn.Linear(width, names + 1).to(pictures.device)
+    parameters = [*model.model.vision_model.parameters(), *model.model.connector.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
+    every = torch.cat((torch.eye(names), torch.zeros(1, names)))[None].to(pictures.device)
+    for step in range(steps):
+        images, u, ruined = pictures.next(2 * SCENES)
+        wanted = wanted_odds(u, every.expand(len(u), -1, -1), torch.zeros_like(ruined))
+        wanted[:, -1] = torch.where(ruined, RUIN_ODDS, FULL_ODDS)
+        with torch.autocast(pictures.device, torch.bfloat16):
+            odds = head(torch.stack(list(image_features(model, images))).flatten(1)).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(odds, torch.sigmoid(wanted), reduction="none")
+        counted = torch.cat(((~ruined)[:, None].expand(-1, names), torch.ones_like(ruined)[:, None]), 1)
+        descend((loss * counted).sum() / counted.sum(), parameters, optimiser, learning_rate(step, steps, PEAK_RATE))
+        if step % 100 == 0:
+            right = (((odds > 0) == (wanted > 0)) & counted).sum(0) / counted.sum(0)
+            log.info("look %d/%d right %s", step, steps, [round(r, 3) for r in right.tolist()])
+
+
+def answer_ids(processor: Any) -> dict[str, int]:
+    """The single tokens " Yes", " No" and the end of the turn."""
+    yes, no = (processor.tokenizer.encode(f" {word}", add_special_tokens=False) for word in ANSWERS)
+    if len(yes) != 1 or len(no) != 1:
+        raise ValueError(f"the tokenizer splits the answers: {yes}, {no}; let it learn more words")
+    return {"yes": yes[0], "no": no[0], "end": processor.tokenizer.eos_token_id}
+
+
+def train_judge(folder: Path, device: str, look_steps: int = LOOK_STEPS, steps: int = STEPS) -> dict[str, float]:
+    """Train a judge from scratch and write it to ``folder``."""
+    torch.manual_seed(7)
+    start = time.time()
+    processor, pictures = new_processor(), Pictures(7, device)
+    model = new_model(processor).to(device).train()
+    learn_to_look(model, pictures, look_steps)
+    learn_to_answer(model, processor, pictures, folder, steps, PEAK_RATE)
+    return {"seconds": time.time() - start, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder: Path, steps: int,
+                    peak_rate: float) -> None:
+    """Train the whole model on questions; writes its averaged weights to ``folder`` every now and then."""
+    device = pictures.device
+    prompts, ids = Prompts(processor, device), answer_ids(processor)
+    parameters = list(model.parameters())
+    average = Average(model, 0.998)
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
+    weights, start = prompts.weights(), time.time()
+    for step in range(steps):
+        asked = torch.multinomial(weights, SCENES * ASKED, True, generator=pictures.generator).view(SCENES, ASKED)
+        batch = pictures.next()
+        with torch.autocast(device, torch.bfloat16):
+            loss, odds, wanted = _loss(model, prompts, batch, asked.to(device), ids)
+        descend(loss, parameters, optimiser, learning_rate(step, steps, peak_rate))
+        average.update(model)
+        if step % 100 == 0:
+            right = ((odds > 0) == (wanted > 0)).float().mean()
+            log.info("judge %d/%d loss %.3f right %.3f %.0f s",
+                     step, steps, loss.item(), right.item(), time.time() - start)
+        if step % 500 == 499 or step == steps - 1:
+            _save_average(average, processor, model, folder)
+
+
+def _save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
+    """Save the averaged weights; ``model`` keeps its own."""
+    averaged = new_model(processor)
+    average.copy_to(averaged)
+    save_judge(averaged.to(model.dtype), processor, folder)
+
+
+def finish_judge(first: Path, folder: Path, student: Path, vae: nn.Module, device: str,
+                 steps: int = FINISH_STEPS) -> dict[str, float]:
+    """Go on with the judge in ``first``, half of the scenes now seen through the student in folder ``student``."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(13)
+    start = time.time()
+    pictures = Pictures(13, device, half_denoised(Student(student, device), vae, 4096, seed=11))
+    model = AutoModelForImageTextToText.from_pretrained(first, dtype=torch.float32).to(device).train()
+    learn_to_answer(model, new_processor(), pictures, folder, steps, PEAK_RATE / 2)
+    return {"seconds": time.time() - start}
