@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dual_process.tests import vlm_families as families
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.loading import load_judge

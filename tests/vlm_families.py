@@ -1,7 +1,6 @@
 """Tiny randomly initialised vision language models, one per family, built the way their authors publish them.
 
-Every builder returns ``(model, processor)``. The chat templates are short forms of the published ones: same turn
-marks, same place for the picture. Nothing is downloaded.
+Every builder returns ``(model, processor)``. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,15 +9,9 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-CORPUS = [
-    "Is the horizon in the upper half of the picture? Answer with Yes or No.",
-    "Are the colours warm? Is the line thick? Does the picture show a red circle? Yes No maybe definitely",
-    "Yes\nNo\nYes\nNo\nmaybe\n",
-    "user assistant system User Assistant You are a careful judge of pictures.",
-]
+from dual_process.tests.vlm_words import GEMMA, LLAMA, MISTRAL, SMOL, VICUNA, chatml, qwen_words, smol_words, tokenizer
+
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 ROPE = dict(rope_type="default", rope_theta=10000.0)
 TEXT = dict(**SIZES, num_key_value_heads=2)
@@ -43,71 +36,6 @@ def enliven(model: torch.nn.Module) -> None:
             parameter.normal_(0.0, 1.0 if embedding else parameter[0].numel() ** -0.5)
         elif parameter.numel() == 1 or "gate" in name:
             parameter.fill_(0.5)
-
-
-def tokenizer(special: list[str], template: str = "", kind: str = "", **named) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few sentences, with the family's special tokens.
-
-    ``kind`` names the class that transformers 4 insists on; transformers 5 takes any.
-    """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
-    of_4 = kind and transformers.__version__.startswith("4.")
-    maker = getattr(transformers, f"{kind}TokenizerFast") if of_4 else PreTrainedTokenizerFast
-    fast = maker(tokenizer_object=bpe, model_input_names=["input_ids", "attention_mask"], **named)
-    fast.chat_template = template or None
-    return fast
-
-
-def chatml(image: str) -> str:
-    """The turn marks of Qwen and its relatives."""
-    return (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-        "{% if part.type == 'image' %}" + image + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
-SMOL = (
-    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
-    "{% if message.content[0].type == 'image' %}:{% else %}: {% endif %}"
-    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<image>"
-    "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-VICUNA = (
-    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role.upper() }}: {% endif %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}"
-    "{% if message.role == 'assistant' %}</s>{% else %} {% endif %}{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-MISTRAL = (
-    "<s>{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ message.content[0].text }}"
-    "[/SYSTEM_PROMPT]{% elif message.role == 'user' %}[INST]{% for part in message.content %}"
-    "{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}{% endif %}{% endfor %}[/INST]"
-    "{% else %}{{ message.content[0].text }}</s>{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "<bos>{% for message in messages %}<start_of_turn>{{ 'model' if message.role == 'assistant' else 'user' }}\n"
-    "{% for part in message.content %}{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text | trim }}"
-    "{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-LLAMA = (
-    "<|begin_of_text|>{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{% for part in message.content %}{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
-    "{% endif %}"
-)
-
-
-def qwen_words() -> PreTrainedTokenizerFast:
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
-    return tokenizer([*special, "<pad>"], chatml(image), "Qwen2", eos_token="<|im_end|>", pad_token="<pad>")
 
 
 def qwen(name: str, vision: dict, patch: int):
@@ -150,15 +78,6 @@ def qwen2_5_vl():
 def qwen3_vl():
     vision = dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, deepstack_visual_indexes=[0])
     return qwen("Qwen3VL", dict(**vision, num_position_embeddings=64), 16)
-
-
-SMOL_TOKENS = ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", "<pad>"]
-
-
-def smol_words() -> PreTrainedTokenizerFast:
-    return tokenizer(
-        [*SMOL_TOKENS, "<video>"], SMOL, bos_token="<|im_start|>", eos_token=SMOL_TOKENS[1], pad_token="<pad>"
-    )
 
 
 def idefics3(name: str = "Idefics3", split: bool = False):

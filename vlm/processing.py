@@ -76,8 +76,9 @@ class ModelInputs:
         pixels = self.pixels([[picture.clone().requires_grad_()]])
         if not any(value.requires_grad for value in pixels.values()):
             raise ValueError(
-                f"The image processor of {self.name} ({kind}) cuts the gradient: the torchvision-backed one is needed "
-                "(install torchvision; transformers 4.57 or newer)."
+                f"The image processor of {self.name} ({kind}) cuts the gradient: this transformers has no "
+                "torchvision-backed one for it, or torchvision is missing; install or update them, or choose "
+                "another model."
             )
         for key, value in pixels.items():
             same = value.shape == features[key].shape

@@ -73,7 +73,7 @@ class PromptWriter:
         before, after = self._tokens(prompt), self._tokens(prompt + spoken)
         shared = common_length(before, after)
         answer_ids = tuple(after[shared:])
-        if not answer_ids or set(answer_ids) == {self.processor.tokenizer.unk_token_id}:
+        if not answer_ids or self.processor.tokenizer.unk_token_id in answer_ids:
             raise ValueError(f'{self.name} has no token for the answer "{answer}": choose another word.')
         length = len(ids) - (len(before) - shared)  # a merge at the boundary takes tokens back from the prompt
         return Prompt({key: value[:, :length] for key, value in inputs.items()}, answer_ids)

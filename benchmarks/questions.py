@@ -1,0 +1,154 @@
+"""What five questions cost against one: time and peak memory of a judge's forward and backward.
+
+    python3 dev.py bench questions --json questions.json
+
+A randomly initialised Qwen2.5-VL with the language model of the 0.5 B class looks at one 512 x 512 picture, which is
+324 image tokens. Measured in one run: one question, five questions over one shared look, and five questions the way of
+the reference implementation, which runs the whole model for each. The bundled judge, whose pictures are few tokens, is
+reported beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from dual_process.tests.vlm_words import CORPUS, qwen_words
+from dual_process.vlm.judge import Judge
+from dual_process.vlm.loading import load_judge
+from dual_process.vlm.question import Question
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = [
+    "Is the overlaid red line aligned with the horizon of the scene?",
+    "Do the predominant colors of the image match the color palette at the bottom?",
+    "Is Point B much closer to the camera than Point A in this picture?",
+    "Are there visible layers or separation between the oil and water?",
+    "Does the composition of the image match the overlaid red instructions?",
+]
+
+
+def half_billion_judge() -> Judge:
+    """Qwen2.5-0.5B's language model under a CLIP-B-sized tower, random weights, fp32."""
+    words = qwen_words(QUESTIONS + CORPUS)
+    mark = words.convert_tokens_to_ids
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=12,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_heads=12,
+            out_hidden_size=896,
+            fullatt_block_indexes=[2, 5, 8, 11],
+        ),
+        text_config=dict(
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            rope_parameters=rope,
+            rope_scaling=rope,
+        ),
+        image_token_id=mark("<|image_pad|>"),
+        video_token_id=mark("<|video_pad|>"),
+        vision_start_token_id=mark("<|vision_start|>"),
+        vision_end_token_id=mark("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    processor = transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(max_pixels=1280 * 28 * 28),
+        words,
+        transformers.Qwen2VLVideoProcessor(),
+        chat_template=words.chat_template,
+    )
+    return Judge(model, processor, "Qwen2.5-VL, 0.5 B class, random weights")
+
+
+class PeakMemory:
+    """Highest resident memory of this process while the block ran, in MB; None where the system cannot reset it."""
+
+    def __enter__(self) -> PeakMemory:
+        self.megabytes = None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+        except OSError:
+            self._reset = False
+        else:
+            self._reset = True
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._reset:
+            mark = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            self.megabytes = int(mark[1]) / 1024
+
+
+def measure(judge: Judge, picture: torch.Tensor, count: int, share: bool) -> dict[str, float | None]:
+    """Seconds and peak megabytes of one forward and backward with ``count`` questions."""
+    judge.look.shares = share
+    picture = picture.clone().requires_grad_()
+    questions = [Question(text) for text in QUESTIONS[:count]]
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        judge.log_likelihood(picture, questions).mean().backward()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_mb": peak.megabytes}
+
+
+def compare(judge: Judge, picture: torch.Tensor, repeats: int) -> dict:
+    """Medians over ``repeats`` rounds that take the three ways in turn, and their ratios to one question."""
+    ways = {"one": (1, True), "five_shared": (5, True), "five_separate": (5, False)}
+    judge.log_likelihood(picture, [Question(text) for text in QUESTIONS])  # tokenises, and tries sharing
+    tokens = [len(judge.prompts.encode(text, "Yes", (tuple(picture.shape[-2:]),)).ids) for text in QUESTIONS]
+    rounds = [{way: measure(judge, picture, *case) for way, case in ways.items()} for _ in range(repeats)]
+    seconds = {way: statistics.median(one[way]["seconds"] for one in rounds) for way in ways}
+    result = {
+        "judge": judge.name,
+        "parameters": sum(p.numel() for p in judge.model.parameters()),
+        "picture": list(picture.shape[-2:]),
+        "prompt_tokens": tokens,
+        "seconds": seconds,
+        "ratios": {
+            "time_shared": seconds["five_shared"] / seconds["one"],
+            "time_separate": seconds["five_separate"] / seconds["one"],
+        },
+    }
+    if rounds[0]["one"]["peak_mb"] is not None:
+        peaks = {way: statistics.median(one[way]["peak_mb"] for one in rounds) for way in ways}
+        result["peak_mb"] = peaks
+        result["ratios"]["memory_shared"] = peaks["five_shared"] / peaks["one"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are reported")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report = compare(half_billion_judge(), torch.rand(1, 3, 512, 512), arguments.repeats)
+    report["torch_threads"] = torch.get_num_threads()
+    report["transformers"] = transformers.__version__
+    bundled = ROOT / "tiny" / "judge"
+    if bundled.is_dir():
+        report["bundled_judge"] = compare(load_judge(bundled), torch.rand(1, 3, 64, 64), arguments.repeats)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
