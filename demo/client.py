@@ -61,11 +61,18 @@ class ComfyClient:
             return answer.read()
 
     def queue(self, graph: Graph) -> str:
-        """Queue a graph in API form and return its prompt id. Raises PromptRejected when validation fails."""
+        """Queue a graph in API form and return its prompt id.
+
+        Raises PromptRejected when any part of it is invalid (ComfyUI would run the other parts).
+        """
         try:
-            return json.loads(self.post("/prompt", {"prompt": graph, "client_id": self.client_id}))["prompt_id"]
+            answer = json.loads(self.post("/prompt", {"prompt": graph, "client_id": self.client_id}))
         except urllib.error.HTTPError as error:
             raise PromptRejected(error.read().decode()) from error
+        if answer["node_errors"]:
+            self.post("/queue", {"delete": [answer["prompt_id"]]})
+            raise PromptRejected(json.dumps(answer["node_errors"]))
+        return answer["prompt_id"]
 
     def interrupt(self) -> None:
         """What the Cancel button does."""

@@ -27,7 +27,7 @@ def widget_names(node_info: dict[str, Any]) -> list[str | None]:
             if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
                 continue
             names.append(name)
-            if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
+            if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
                 names.append(None)
     return names
 
