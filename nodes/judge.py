@@ -1,0 +1,108 @@
+"""The judge without training: ask it, or let it sort pictures."""
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+
+from ..vlm.ranking import rank, score_table
+from ..vlm.seen import seen_picture
+from .types import CATEGORY, JudgeType, QuestionsType
+
+
+class AskJudge(io.ComfyNode):
+    """IMAGE + question -> the judge's own words."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessAskJudge",
+            display_name="Ask the Judge",
+            category=CATEGORY,
+            description="Asks a vision-language model about pictures and shows its answer and what it saw. "
+            "Try a question here before you train on it.",
+            is_output_node=True,
+            inputs=[
+                JudgeType.Input("judge", tooltip="From VLM Judge Loader."),
+                io.Image.Input("image", tooltip="One picture or a batch; each is asked about by itself."),
+                io.String.Input(
+                    "question",
+                    multiline=True,
+                    default="Is the horizon in the upper half of the picture? Answer with Yes or No.",
+                    tooltip="Any question about the picture.",
+                ),
+                io.Int.Input(
+                    "max_tokens", default=64, min=1, max=1024, tooltip="The answer is cut after this many tokens."
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="answer", tooltip="The judge's answer; one line per picture of a batch."),
+                io.Image.Output(
+                    display_name="seen",
+                    tooltip="The pictures as the judge saw them: after its own resizing, cut into tiles where it does.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, judge, image, question, max_tokens):
+        if not question.strip():
+            raise ValueError("The question is empty: type what the judge is to be asked.")
+        judge.load()
+        pictures = image[..., :3].movedim(-1, 1)
+        answers, seen = [], []
+        progress = comfy.utils.ProgressBar(len(pictures))
+        for picture in pictures:
+            mm.throw_exception_if_processing_interrupted()
+            answers.append(judge.judge.ask(picture, question, max_tokens))
+            seen.append(seen_picture(judge.judge.prompts.inputs, picture).movedim(0, -1).cpu())
+            progress.update(1)
+        text, shown = "\n".join(answers), torch.stack(seen)
+        return io.NodeOutput(text, shown, ui={**ui.PreviewImage(shown, cls=cls).as_dict(), "text": (text,)})
+
+
+class JudgeScore(io.ComfyNode):
+    """IMAGE batch + questions -> the batch sorted best first, and its scores."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessJudgeScore",
+            display_name="Judge Score",
+            category=CATEGORY,
+            description="Scores a batch of pictures by how likely the judge finds the wanted answers, sorts it best "
+            "first and picks the best.",
+            is_output_node=True,
+            inputs=[
+                JudgeType.Input("judge", tooltip="From VLM Judge Loader."),
+                io.Image.Input("images", tooltip="The pictures to compare, as one batch."),
+                QuestionsType.Input("questions", tooltip="What is asked about every picture, and the wanted answers."),
+                io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of the best pictures to pick."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="best", tooltip="The best pictures, best first."),
+                io.Image.Output(display_name="sorted", tooltip="All pictures, best first."),
+                io.Float.Output(
+                    display_name="best_score", tooltip="Mean probability of the wanted answers on the best picture."
+                ),
+                io.String.Output(
+                    display_name="scores", tooltip="A table: for every picture the mean and the score per question."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, judge, images, questions, keep):
+        judge.load()
+        progress = comfy.utils.ProgressBar(len(images))
+
+        def after_each() -> None:
+            mm.throw_exception_if_processing_interrupted()
+            progress.update(1)
+
+        order, scores, means = rank(judge.judge, images[..., :3].movedim(-1, 1), questions, after_each)
+        table = score_table(order, scores, means, questions)
+        ordered = images[order]
+        best = ordered[:keep]
+        shown = {**ui.PreviewImage(best, cls=cls).as_dict(), "text": (table,)}
+        return io.NodeOutput(best, ordered, means[order[0]].item(), table, ui=shown)

@@ -1,0 +1,48 @@
+"""Sorting pictures by a judge's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .judge import Judge
+from .question import Question
+
+
+@torch.no_grad()
+def rank(
+    judge: Judge, pictures: Tensor, questions: Sequence[Question], after_each: Callable[[], None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score pictures one at a time, so that a large batch needs no more memory than one picture.
+
+    Args:
+        judge: on the compute device.
+        pictures: ``[B, 3, H, W]`` on the 0..1 scale.
+        questions: what is asked; their weights weigh the mean.
+        after_each: called after every picture; may raise to stop.
+
+    Returns:
+        order: ``[B]`` indices, best first; equal scores keep the batch's order.
+        scores: ``[B, Q]`` probability of each wanted answer (geometric mean over its tokens), 0..1.
+        means: ``[B]`` weighted mean of the scores.
+    """
+    rows = []
+    for picture in pictures:
+        rows.append(judge.log_likelihood(picture[None], questions).exp().cpu())
+        after_each()
+    scores = torch.cat(rows)
+    weights = torch.tensor([question.weight for question in questions])
+    means = (scores * weights).sum(dim=1) / weights.sum()
+    return means.sort(descending=True, stable=True).indices, scores, means
+
+
+def score_table(order: Tensor, scores: Tensor, means: Tensor, questions: Sequence[Question]) -> str:
+    """One line per picture, best first: its place in the batch, its mean, and its score per question."""
+    lines = [f"{n}. {question.text.strip()} -> {question.answer}" for n, question in enumerate(questions, 1)]
+    lines.append("picture  mean   " + "  ".join(f"q{n:<4}" for n in range(1, len(questions) + 1)))
+    for i in order.tolist():
+        cells = "  ".join(f"{score:.3f}" for score in scores[i].tolist())
+        lines.append(f"{i:>7}  {means[i]:.3f}  {cells}")
+    return "\n".join(lines)
