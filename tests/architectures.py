@@ -85,6 +85,15 @@ ARCHITECTURES = {
                 "hidden_dim": 64, "n_layers": 2, "vec_in_dim": None},
         extra={"pooled_output": (1, 768)},
     ),
+    "FLUX.2": Architecture(
+        "Flux2",
+        FLUX | {"image_model": "flux2", "axes_dim": [8, 8, 8, 8], "in_channels": 128, "out_channels": 128,
+                "vec_in_dim": None, "guidance_embed": True, "patch_size": 1, "theta": 2000, "mlp_ratio": 3.0,
+                "qkv_bias": False, "ops_bias": False, "global_modulation": True, "mlp_silu_act": True,
+                "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3]},
+        (1, 128, 4, 4),
+        {"pooled_output": (1, 768)},
+    ),
     "Lumina 2": Architecture(
         "Lumina2",
         LUMINA | {"dim": 64, "n_kv_heads": 1, "axes_dims": [8, 12, 12], "axes_lens": [300, 512, 512],
@@ -108,6 +117,21 @@ ARCHITECTURES = {
          "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True,
          "eps": 1e-6, "in_dim": 16, "model_type": "t2v", "text_dim": CONTEXT},
         (1, 16, 1, 8, 8),
+    ),
+    "HiDream": Architecture(
+        "HiDream",
+        {"image_model": "hidream", "attention_head_dim": 32, "axes_dims_rope": [16, 8, 8], "in_channels": 16,
+         "caption_channels": [CONTEXT, CONTEXT], "max_resolution": [128, 128], "llama_layers": [0, 1],
+         "num_attention_heads": 2, "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 1,
+         "num_single_layers": 1, "out_channels": 16, "patch_size": 2, "text_emb_dim": 2048},
+        extra={"pooled_output": (1, 2048), "conditioning_llama3": (1, 2, 7, CONTEXT)},
+    ),
+    "PixArt": Architecture(
+        "PixArtSigma",
+        {"image_model": "pixart_sigma", "num_heads": 2, "patch_size": 2, "hidden_size": 64, "in_channels": 4,
+         "depth": 2, "model_max_length": 300, "micro_condition": False, "input_size": 8, "pe_interpolation": 1,
+         "caption_channels": CONTEXT},
+        (1, 4, 34, 34),  # its position embedding divides by zero below 33
     ),
 }  # fmt: skip
 
@@ -163,9 +187,11 @@ def _known_to_this_comfyui(architecture: Architecture) -> dict:
 
 
 def build_vae(name: str):
-    """A VAE for the architecture's latents: ComfyUI's own TAESD with random weights, a linear one for video latents."""
-    channels = ARCHITECTURES[name].latent[1]
-    if len(ARCHITECTURES[name].latent) == 5:
+    """A VAE for the architecture's latents: ComfyUI's own TAESD with random weights, or a linear one where TAESD would
+    not fit (video latents, 128 channels) or take long (large latents)."""
+    latent = ARCHITECTURES[name].latent
+    channels = latent[1]
+    if len(latent) == 5 or channels > 16 or latent[-1] > 8:
         return LinearVAE(channels)
     weights = comfy.taesd.taesd.TAESD(latent_channels=channels)
     randomise(weights, seed=7, gain=0.5)
@@ -180,7 +206,8 @@ class LinearVAE:
     def __init__(self, channels: int):
         self.latent_channels, self.vae_dtype, self.device = channels, torch.float32, mm.get_torch_device()
         self.first_stage_model = torch.nn.Module()
-        self.first_stage_model.mix = torch.nn.Parameter(torch.randn(3, channels) / channels**0.5, requires_grad=False)
+        mix = torch.randn(3, channels, generator=torch.Generator().manual_seed(9)) / channels**0.5
+        self.first_stage_model.mix = torch.nn.Parameter(mix, requires_grad=False)
         self.first_stage_model.decode = lambda z: torch.einsum("oc,bc...->bo...", self.first_stage_model.mix, z)
         self.patcher = ModelPatcher(self.first_stage_model, self.device, torch.device("cpu"))
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from dual_process.tests.gradients import derivative_ratio, give_lora_a_value, picture_to_lora_ratio
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
 from dual_process.vlm.question import Question
 
-ALL = ["SD1.5", "SDXL", "SD3", "FLUX dev", "FLUX schnell", "Chroma", "Lumina 2", "Z-Image", "Qwen-Image", "Wan still"]
+ALL = [
+    "SD1.5", "SDXL", "SD3", "FLUX dev", "FLUX schnell", "Chroma", "FLUX.2", "Lumina 2", "Z-Image", "Qwen-Image",
+    "Wan still", "HiDream", "PixArt",
+]  # fmt: skip
 ASKED = ["SD1.5", "SDXL", "SD3", "FLUX dev", "Z-Image"]
 
 
@@ -25,59 +27,18 @@ def lab(comfy):
         yield architectures
 
 
-def derivative_ratio(parameters: list[torch.Tensor], loss, reach: float = 5e-4, points: int = 9) -> float:
-    """Autograd's derivative of ``loss()`` along its own gradient, divided by the finite difference.
-
-    The difference is the slope of a cubic through many points, so that neither curvature nor rounding decides.
-    """
-    loss().backward()
-    gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-    start = [p.detach().clone() for p in parameters]
-    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradient))
-    size = math.sqrt(sum(p.double().square().sum().item() for p in start))
-
-    @torch.no_grad()
-    def at(distance: float) -> float:
-        for p, p0, g in zip(parameters, start, gradient):
-            p.copy_(p0 + g * (distance * size / norm))
-        return loss().item()
-
-    distances = np.linspace(-reach, reach, points)
-    slope = np.polyfit(distances / reach, [at(d) for d in distances], 3)[2] / (reach * size)
-    return norm / slope
-
-
-def give_lora_a_value(lora) -> None:
-    """Move B off zero, where half of the gradient vanishes."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for adapter in lora.adapters:
-            adapter.B.copy_(0.05 * torch.randn(adapter.B.shape, generator=generator))
-
-
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_from_picture_to_lora(lab, name, checkpointed):
-    student = lab.build_student(name, vae=lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), checkpointed=checkpointed)
-
-    def loop():
-        give_lora_a_value(student.lora)
-        x = student.roll(student.noise(3), 1)
-        weights = torch.randn(student.decode(student.predict(x, 1)).shape)
-
-        def loss():
-            image = student.decode(student.predict(x, 1))
-            return 100 * (image * weights).mean() + image.square().mean()
-
-        return derivative_ratio(list(student.lora.parameters()), loss)
-
-    assert student.run(loop, beside=[]) == pytest.approx(1, abs=0.01)
+    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])  # TAESD's kinks blur differences; it has its own test
+    student = lab.build_student(name, vae=vae, checkpointed=checkpointed)
+    assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ASKED)
 def test_gradient_from_answer_to_lora(lab, name, checkpointed):
-    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])  # TAESD's kinks blur differences; it has its own test
+    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
     student, judge = lab.build_student(name, vae=vae, checkpointed=checkpointed), lab.build_judge()
     questions = [Question("Is the line thick?"), Question("Are the colours warm?", "No")]
 
