@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import torch
 
 from .judge import Judge
-
-log = logging.getLogger(__name__)
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
@@ -71,8 +69,10 @@ def load_judge(
     system: str = "",
     suffix: str = "",
     template: str = "",
+    adapter: Path | None = None,
+    bits: int | None = None,
 ) -> Judge:
-    """Load the model in ``folder`` as a judge, on the CPU and frozen.
+    """Load the model in ``folder`` as a judge, frozen, on the CPU (quantised: on the compute device).
 
     Args:
         folder: a local Hugging Face model folder with safetensors weights, processor and tokenizer.
@@ -80,24 +80,66 @@ def load_judge(
         attention: "sdpa" or "eager".
         root: the models folder that nothing in ``folder`` may link out of.
         system, suffix, template: see ``Judge``.
+        adapter: folder of a PEFT LoRA for the judge, merged into its weights.
+        bits: 8 or 4 quantises through bitsandbytes; such a model cannot be moved afterwards.
 
     Raises:
-        JudgeFolderError: the folder is refused or transformers cannot load it.
+        JudgeFolderError: a folder is refused or transformers cannot load it.
+        ImportError: bitsandbytes or peft is needed and not installed.
         ValueError: the model cannot be used as a judge.
     """
     from transformers import AutoModelForImageTextToText
 
     check_folder(folder, root)
+    if adapter is not None:
+        check_adapter(adapter, root)
     local = {"local_files_only": True, "trust_remote_code": False}
+    options = {"dtype": dtype or "auto", "attn_implementation": attention, "use_safetensors": True, **local}
+    if bits is not None:
+        options["quantization_config"] = _quantisation(bits, dtype)
     try:
         with torch.inference_mode(False):
-            model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True, **local
-            )
+            model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+            if adapter is not None:
+                model = _merged(model, adapter)
             processor = _load_processor(folder, local)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise JudgeFolderError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
     return Judge(model, processor, folder.name, system, suffix, template)
+
+
+def check_adapter(folder: Path, root: Path | None = None) -> None:
+    """Refuse a LoRA folder that is incomplete, truncated or a pickle; raises ``JudgeFolderError``."""
+    if not (folder / "adapter_config.json").is_file():
+        raise JudgeFolderError(f"{folder} is no LoRA folder: it has no adapter_config.json.")
+    _check_links(folder, root or folder)
+    _read(folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise JudgeFolderError(
+            f"{folder} has no {weights.name}: save the LoRA as safetensors; pickles are never opened."
+        )
+    _check_safetensors(weights)
+
+
+def _merged(model, adapter: Path):
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"The LoRA {adapter} needs the package peft: pip install peft.")
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+
+
+def _quantisation(bits: int, dtype: torch.dtype | None):
+    if bits not in (4, 8):
+        raise ValueError(f"The judge can be quantised to 8 or 4 bits, not to {bits}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"A judge in {bits} bits needs the package bitsandbytes: pip install bitsandbytes.")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _load_processor(folder: Path, local: dict):

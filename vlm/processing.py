@@ -37,20 +37,33 @@ class ModelInputs:
     def __init__(self, processor, name: str, probe: str):
         self.processor = processor
         self.name = name
-        picture = _ramp(64, 96)
-        with _recording(processor) as recorder:
-            features = self._call(probe, [_pil(picture)])
-        if recorder.produced is None:
-            raise ValueError(f"{name}: {type(processor).__name__} does not use its image processor on a picture.")
-        self._options = {**recorder.options, "do_rescale": False, "return_tensors": "pt"}
-        self._pixel_keys = [key for key in recorder.produced if key in features]
-        self._check(picture, features)
+        with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs its nodes in inference mode
+            picture = _ramp(64, 96)
+            with _recording(processor) as recorder:
+                features = self._call(probe, [_pil(picture)])
+            if recorder.produced is None:
+                raise ValueError(f"{name}: {type(processor).__name__} does not use its image processor on a picture.")
+            self._options = {**recorder.options, "do_rescale": False, "return_tensors": "pt"}
+            self._pixel_keys = [key for key in recorder.produced if key in features]
+            self._check(picture, features)
 
     def text(self, prompt: str, sizes: Sequence[Size]) -> dict[str, Tensor]:
-        """The tensors that belong to a prompt about pictures of the given (height, width), each ``[1, L, ...]``."""
-        features = self._call(prompt, [Image.new("RGB", (width, height)) for height, width in sizes])
-        # labels are training targets, not inputs
-        return {k: v for k, v in features.items() if k not in (*self._pixel_keys, "labels")}
+        """The tensors that belong to a prompt about pictures of the given (height, width), each ``[1, L, ...]``.
+
+        Raises:
+            ValueError: the family does not take this many pictures.
+        """
+        blanks = [Image.new("RGB", (width, height)) for height, width in sizes]
+        try:
+            with torch.inference_mode(False):  # the tensors are kept, and may be used in training later
+                features = self._call(prompt, blanks)
+        except (ValueError, IndexError, StopIteration) as error:
+            if len(blanks) == 1:
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{self.name} cannot be shown {len(blanks)} pictures at once: {reason}") from error
+        targets = ("labels",)  # PaliGemma's processor adds them
+        return {k: v for k, v in features.items() if k not in (*self._pixel_keys, *targets)}
 
     def pixels(self, rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         """The tensors that belong to the pictures, still attached to their graph.

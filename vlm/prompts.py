@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from .processing import ModelInputs, Size
@@ -76,7 +77,8 @@ class PromptWriter:
         if not answer_ids or self.processor.tokenizer.unk_token_id in answer_ids:
             raise ValueError(f'{self.name} has no token for the answer "{answer}": choose another word.')
         length = len(ids) - (len(before) - shared)  # a merge at the boundary takes tokens back from the prompt
-        return Prompt({key: value[:, :length] for key, value in inputs.items()}, answer_ids)
+        with torch.inference_mode(False):
+            return Prompt({key: value[:, :length] for key, value in inputs.items()}, answer_ids)
 
     def _split(self, question: str, answer: str, images: int) -> tuple[str, str]:
         """The prompt up to the answer, and the answer as the template speaks it, leading space included."""

@@ -15,6 +15,8 @@ GAP = 4  # pixels of grey between the tiles of a picture that the processor cuts
 def seen_picture(inputs: ModelInputs, picture: Tensor) -> Tensor:
     """The resized picture, or its tiles side by side, exactly as handed to the processor's normalisation.
 
+    A processor that normalises in a way of its own cannot be watched; then it is the picture as given.
+
     Args:
         inputs: of the judge that looks.
         picture: ``[3, H, W]`` on the 0..1 scale.
@@ -23,7 +25,9 @@ def seen_picture(inputs: ModelInputs, picture: Tensor) -> Tensor:
         ``[3, h, w]`` on the 0..1 scale.
     """
     processor = inputs.processor.image_processor
-    normalise = processor.rescale_and_normalize
+    normalise = getattr(processor, "rescale_and_normalize", None)
+    if normalise is None:
+        return picture.float().clamp(0, 1)
     tiles: list[Tensor] = []
 
     def noted(images: Tensor, *args, **kwargs):
@@ -35,7 +39,7 @@ def seen_picture(inputs: ModelInputs, picture: Tensor) -> Tensor:
         inputs.pixels([[picture]])
     finally:
         del processor.rescale_and_normalize
-    return _side_by_side(tiles)
+    return _side_by_side(tiles or [picture])
 
 
 def _side_by_side(tiles: list[Tensor]) -> Tensor:
