@@ -1,0 +1,131 @@
+"""Several pictures in one question, batches, odd sizes, and what the judge saw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dual_process.benchmarks.matrix_judges import picture
+from dual_process.tests import vlm_families
+from dual_process.vlm.judge import Judge
+from dual_process.vlm.question import Question
+from dual_process.vlm.ranking import rank, score_table
+from dual_process.vlm.seen import seen_picture
+
+CHANGED = Question("Did the second picture get warmer?")
+SEVERAL = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Idefics2", "Idefics3", "LLaVA", "LLaVA-NeXT", "LLaVA-OneVision"]
+SEVERAL += ["Gemma 3", "Mistral 3", "InternVL"]
+
+
+@pytest.fixture(scope="module")
+def judges():
+    made: dict[str, Judge] = {}
+
+    def get(name: str) -> Judge:
+        if name not in made:
+            made[name] = Judge(*vlm_families.build(name), name, template=vlm_families.TEMPLATES.get(name, ""))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_two_pictures_in_order(judges, name):
+    judge = judges(name)
+    before, after = picture((40, 64), 1).requires_grad_(), picture((40, 64), 2, rows=2).requires_grad_()
+    scores = judge.log_likelihood([before, after], [CHANGED, Question("Are they the same?")])
+    assert scores.shape == (2, 2)
+    scores.sum().backward()
+    assert before.grad.abs().max() > 0 and after.grad.abs().amax(dim=(1, 2, 3)).min() > 0
+    with torch.no_grad():
+        swapped = judge.log_likelihood([after[:1], before], [CHANGED])
+        alone = judge.log_likelihood([before, after[1:]], [CHANGED])
+    assert (swapped[0, 0] - scores[0, 0]).abs() > 1e-4
+    assert alone.item() == pytest.approx(scores[1, 0].item(), abs=1e-4)
+
+
+def test_two_pictures_of_different_sizes(judges):
+    scores = judges("Qwen2.5-VL").log_likelihood([picture((64, 64)), picture((40, 96))], [CHANGED])
+    assert scores.isfinite().all()
+
+
+def test_a_template_for_one_picture_is_one_sentence(judges):
+    model, processor = vlm_families.build("Idefics3")
+    processor.chat_template = processor.chat_template.replace("{% else %}<image>", "{% elif loop.first %}<image>")
+    with pytest.raises(ValueError, match="Idefics3 cannot be shown 2 pictures at once"):
+        Judge(model, processor, "Idefics3").log_likelihood([picture(), picture()], [CHANGED])
+
+
+def test_values_outside_the_range_keep_their_gradient(judges):
+    image = (picture() * 3 - 1).requires_grad_()
+    judges("Idefics3").log_likelihood(image, [CHANGED]).sum().backward()
+    outside = (image < 0) | (image > 1)
+    assert outside.any() and image.grad[outside].abs().max() > 0
+
+
+def test_half_precision_judges_hand_back_fp32_gradients():
+    model, processor = vlm_families.build("Qwen2.5-VL")
+    image = picture().requires_grad_()
+    asked = [Question("Warm?"), Question("Is the line thick?")]
+    scores = Judge(model, processor, "exact").log_likelihood(image, asked)
+    half = Judge(model.bfloat16(), processor, "half").log_likelihood(image, asked)
+    half.sum().backward()
+    assert half.dtype == image.grad.dtype == torch.float32
+    assert (half - scores).abs().max() < 0.2
+
+
+def test_sharing_falls_back_loudly(judges, caplog):
+    judge = Judge(*vlm_families.build("PaliGemma"), "PaliGemma", template=vlm_families.TEMPLATES["PaliGemma"])
+    judge.log_likelihood(picture(), [Question("Warm?"), Question("Is the line thick?")])
+    assert "PaliGemma cannot share one look" in caplog.text
+
+
+def test_answers_of_several_tokens_where_the_prompt_sees_them_are_one_sentence(judges):
+    with pytest.raises(ValueError, match="answer of 2 tokens cannot be scored"):
+        judges("PaliGemma").log_likelihood(picture(), [Question("Warm?", "maybe definitely")])
+
+
+def test_a_processor_that_cuts_the_gradient_is_one_sentence():
+    model, processor = vlm_families.build("Idefics3")
+    own = type(processor.image_processor).__call__
+    processor.image_processor.__class__ = type(
+        "Detaching", (type(processor.image_processor),), {"__call__": torch.no_grad()(own)}
+    )
+    with pytest.raises(ValueError, match="Detaching. cuts the gradient"):
+        Judge(model, processor, "Idefics3")
+
+
+def test_ask_is_greedy_and_short(judges):
+    judge = judges("Qwen2-VL")
+    image = picture()[0]
+    assert judge.ask(image, "What is it?", 5) == judge.ask(image[None], "What is it?", 5)
+
+
+@pytest.mark.parametrize(("name", "tiles"), [("Idefics3", 1), ("SmolVLM", 5), ("Qwen2-VL", 1), ("LLaVA", 1)])
+def test_what_was_seen_is_what_was_normalised(judges, name, tiles):
+    if name == "SmolVLM":
+        pytest.importorskip("num2words")
+    judge = judges(name)
+    image = picture((64, 64))[0]
+    seen = seen_picture(judge.prompts.inputs, image)
+    side = seen.shape[1]
+    assert seen.shape == (3, side, tiles * side + 4 * (tiles - 1))
+    mean = seen[..., :side].mean(dim=(1, 2)) if tiles == 1 else image.mean(dim=(1, 2))
+    assert torch.allclose(mean, image.mean(dim=(1, 2)), atol=0.02)
+
+
+def test_ranking_puts_the_best_first_and_stops_when_told(judges):
+    judge = judges("Idefics3")
+    images, asked = picture(rows=3), [Question("Warm?"), Question("Is the line thick?", "No", weight=3.0)]
+    order, scores, means = rank(judge, images, asked, lambda: None)
+    expected = judge.log_likelihood(images, asked).exp()
+    assert torch.allclose(scores, expected, atol=1e-5)
+    assert torch.allclose(means, (expected[:, 0] + 3 * expected[:, 1]) / 4, atol=1e-5)
+    assert means[order].diff().max() <= 0
+    assert len(score_table(order, scores, means, asked).splitlines()) == 2 + 1 + 3
+
+    def stop():
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        rank(judge, images, asked, stop)
