@@ -42,7 +42,7 @@ class FrontEnd:
         self._driver.set_script_timeout(120)
         try:
             self._driver.get(self.url)
-            self.wait_for(f"return window.comfyAPI?.app && {APP}.graph && {APP}.vueAppReady")
+            self.wait_for(f"return window.comfyAPI?.app && {APP}.vueAppReady && {APP}.graph?.nodes.length", 120)
         except BaseException:
             self._driver.quit()
             raise
