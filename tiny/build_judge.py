@@ -24,8 +24,8 @@ from .training import Average, descend, learning_rate
 
 log = logging.getLogger(__name__)
 
-LOOK_STEPS, STEPS, FINISH_STEPS, SCENES, ASKED, PEAK_RATE = 600, 1600, 1500, 32, 3, 1.2e-3
-EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 2.5, 5.0, -4.5  # wanted log-odds at the gap's edge, at the far end, of a ruin
+LOOK_STEPS, STEPS, FINISH_STEPS, SCENES, ASKED, PEAK_RATE = 400, 1800, 1200, 32, 3, 1.5e-3
+EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 3.0, 5.5, -5.0  # wanted log-odds at the gap's edge, at the far end, of a ruin
 
 
 class Prompts:
@@ -56,13 +56,16 @@ class Prompts:
         picture = torch.zeros(3, scenes.SIDE, scenes.SIDE, dtype=torch.uint8)
         return processor(text=prompt, images=[picture])["input_ids"][0]
 
-    def weights(self) -> Tensor:
-        """How often each prompt is asked: the first wording with the suffix is the one used everywhere."""
-        weight = torch.ones(len(self.side))
-        start = 0
-        for group in [w for pair in WORDINGS.values() for w in pair] + [KEEP_WORDINGS]:
-            weight[start] = 6.0
-            start += len(group)
+    def main(self) -> Tensor:
+        """Rows of the wordings used everywhere, the first of each with the suffix: upper, lower, …, clean [9]."""
+        lengths = [len(w) for pair in WORDINGS.values() for w in pair]
+        return torch.tensor([0, *lengths]).cumsum(0)
+
+    def weights(self, progress: float) -> Tensor:
+        """How often each prompt is asked after that share of the training: first one wording of each question, then
+        the opposite too, then all. Begun with everything at once, opposite wordings cancel out for a long time."""
+        weight = torch.ones(len(self.side)) if progress > 0.4 else torch.zeros(len(self.side))
+        weight[self.main()[:: 1 if progress > 0.2 else 2]] = 6.0
         return weight
 
 
@@ -184,25 +187,29 @@ def train_judge(folder: Path, device: str, look_steps: int = LOOK_STEPS, steps: 
     processor, pictures = new_processor(), Pictures(7, device)
     model = new_model(processor).to(device).train()
     learn_to_look(model, pictures, look_steps)
-    learn_to_answer(model, processor, pictures, folder, steps, PEAK_RATE)
+    learn_to_answer(model, processor, pictures, folder, steps)
     return {"seconds": time.time() - start, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder: Path, steps: int,
-                    peak_rate: float) -> None:
-    """Train the whole model on questions; writes its averaged weights to ``folder`` every now and then."""
+                    finish: bool = False) -> None:
+    """Train the whole model on questions; writes its averaged weights to ``folder`` every now and then.
+
+    ``finish``: it already answers; all wordings from the start, at half the learning rate.
+    """
     device = pictures.device
     prompts, ids = Prompts(processor, device), answer_ids(processor)
     parameters = list(model.parameters())
     average = Average(model, 0.998)
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-    weights, start = prompts.weights(), time.time()
+    start = time.time()
     for step in range(steps):
+        weights = prompts.weights(1.0 if finish else step / steps)
         asked = torch.multinomial(weights, SCENES * ASKED, True, generator=pictures.generator).view(SCENES, ASKED)
         batch = pictures.next()
         with torch.autocast(device, torch.bfloat16):
             loss, odds, wanted = _loss(model, prompts, batch, asked.to(device), ids)
-        descend(loss, parameters, optimiser, learning_rate(step, steps, peak_rate))
+        descend(loss, parameters, optimiser, learning_rate(step, steps, PEAK_RATE * (0.5 if finish else 1)))
         average.update(model)
         if step % 100 == 0:
             right = ((odds > 0) == (wanted > 0)).float().mean()
@@ -228,5 +235,5 @@ def finish_judge(first: Path, folder: Path, student: Path, vae: nn.Module, devic
     start = time.time()
     pictures = Pictures(13, device, half_denoised(Student(student, device), vae, 4096, seed=11))
     model = AutoModelForImageTextToText.from_pretrained(first, dtype=torch.float32).to(device).train()
-    learn_to_answer(model, new_processor(), pictures, folder, steps, PEAK_RATE / 2)
+    learn_to_answer(model, new_processor(), pictures, folder, steps, finish=True)
     return {"seconds": time.time() - start}

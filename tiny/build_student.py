@@ -25,7 +25,7 @@ from .training import Average, descend, learning_rate, save
 log = logging.getLogger(__name__)
 
 DEPTH, PATCH, LATENT_SIDE = 3, 2, scenes.SIDE // 8
-SCENES, STEPS, BATCH, PEAK_RATE = 16384, 9000, 64, 1.5e-3
+SCENES, STEPS, BATCH, PEAK_RATE = 16384, 8000, 64, 1.5e-3
 SHIFT = 3.0  # ComfyUI's sampling setting for SD3
 
 

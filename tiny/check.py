@@ -64,7 +64,7 @@ def check_judge(folder: Path, work: Path, vae: nn.Module, device: str, count: in
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     prompts, ids = Prompts(processor, device), answer_ids(processor)
-    main = (prompts.weights() > 1).nonzero().flatten()[: 2 * len(scenes.PROPERTIES) + 1].to(device)
+    main = prompts.main().to(device)
 
     def odds(images: Tensor) -> Tensor:
         asked = main.expand(len(images), -1)
