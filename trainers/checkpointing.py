@@ -1,13 +1,15 @@
 """Activation checkpointing that is right for ComfyUI's blocks.
 
-Two habits of those blocks make plain ``torch.utils.checkpoint`` return wrong gradients without an error:
+Three habits of those blocks and their callers make plain ``torch.utils.checkpoint`` return wrong gradients, mostly
+without an error:
 
-* they write into their inputs (``img += ...``), so recomputation would start from overwritten tensors;
-* they share one ``transformer_options`` dict that changes while blocks are walked (block index), so recomputation
+* blocks write into their inputs (``img += ...``), so recomputation would start from overwritten tensors;
+* callers write into what they gave a block (a UNet adds a ControlNet to its skip connections in place);
+* blocks share one ``transformer_options`` dict that changes while they are walked (block index), so recomputation
   would run with the values of the last block.
 
-So every run of a checkpointed block gets its own clones of tensors and copies of dicts, and norm layers, whose input is
-what gets overwritten after being saved for backward, run on a clone.
+So a block is given clones of the activations and copies of the dicts, again for every run of a checkpointed block, and
+norm layers, whose input is what gets overwritten after being saved for backward, run on a clone.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ def prepare_for_backward(diffusion_model: nn.Module, checkpointed: bool) -> Exit
     for module in diffusion_model.modules():
         if "norm" in type(module).__name__.lower() and not any(True for _ in module.children()):
             stack.callback(override_forward(module, _on_a_clone))
-    if checkpointed:
-        for _, block in repeated_blocks(diffusion_model):
-            stack.callback(override_forward(block, _checkpointed))
+    for _, block in repeated_blocks(diffusion_model):
+        stack.callback(override_forward(block, _checkpointed if checkpointed else _on_clones))
     return stack
 
 
@@ -49,8 +50,8 @@ def _checkpointed(forward):
     def block(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        args = [_copied_dict(a) for a in args]
-        kwargs = {name: _copied_dict(a) for name, a in kwargs.items()}
+        args = [_kept(a) for a in args]
+        kwargs = {name: _kept(a) for name, a in kwargs.items()}
 
         def run(*args, **kwargs):
             return forward(*[_own(a) for a in args], **{name: _own(a) for name, a in kwargs.items()})
@@ -60,11 +61,21 @@ def _checkpointed(forward):
     return block
 
 
-def _copied_dict(value):
+def _on_clones(forward):
+    def block(*args, **kwargs):
+        return forward(*[_kept(a) for a in args], **{name: _kept(a) for name, a in kwargs.items()})
+
+    return block
+
+
+def _kept(value):
+    """What the caller may change later, copied: activations (not masks and the like, which nobody changes), dicts."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value.clone()
     return dict(value) if isinstance(value, dict) else value
 
 
 def _own(value):
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.clone()
-    return _copied_dict(value)
+    return dict(value) if isinstance(value, dict) else value
