@@ -1,0 +1,162 @@
+"""The student with everything a user hangs on a MODEL: right gradients with each, and each one respected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dual_process.tests.gradients import give_lora_a_value, picture_to_lora_ratio
+
+
+@pytest.fixture
+def lab(comfy):
+    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
+    from dual_process.tests import architectures
+
+    with torch.inference_mode():
+        yield architectures
+
+
+def tiny_controlnet(lab, name: str):
+    """A ControlNet with random weights from ComfyUI's own classes, for SD1.5, SD3 or FLUX."""
+    import comfy.cldm.cldm
+    import comfy.cldm.mmdit
+    import comfy.controlnet
+    import comfy.latent_formats
+    import comfy.ldm.flux.controlnet
+    import comfy.ops
+
+    config = dict(lab.build_model(name).model.model_config.unet_config)
+    config |= {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.manual_cast}
+    wrap = {}
+    if name == "SD3":
+        network = comfy.cldm.mmdit.ControlNet(num_blocks=2, **config)
+        wrap = {"compression_ratio": 1, "latent_format": comfy.latent_formats.SD3()}
+    elif name == "FLUX dev":
+        network = comfy.ldm.flux.controlnet.ControlNetFlux(**config)
+        wrap = {"extra_conds": ["y", "guidance"]}
+    else:
+        for unused in ("out_channels", "transformer_depth_output"):
+            del config[unused]
+        network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config)
+    lab.randomise(network, seed=11)
+    return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"), **wrap)
+
+
+def controlnet(lab, name: str) -> dict:
+    import nodes
+
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(12))
+    prompts = lab.build_conditioning(name), lab.build_conditioning(name, seed=2)
+    vae = lab.build_vae(name) if name == "SD3" else None
+    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *prompts, tiny_controlnet(lab, name), image, 0.8, 0.0, 1.0, vae=vae
+    )
+    return {"positives": [controlled[0]], "negative": controlled[1]}
+
+
+def area_and_mask(lab, name: str) -> dict:
+    import nodes
+
+    upper, left, everywhere = (lab.build_conditioning(name, seed=seed) for seed in (1, 21, 22))
+    (upper,) = nodes.ConditioningSetArea().append(upper, 64, 32, 0, 0, 1.0)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1
+    (left,) = nodes.ConditioningSetMask().append(left, mask, "default", 0.7)
+    return {"positives": [upper + left + everywhere]}
+
+
+def block_patch(lab, name: str) -> dict:
+    """A model patch that does something else in every block, by the index ComfyUI tells it."""
+    model = lab.build_model(name)
+    if name == "SD1.5":
+
+        def scaled(n, options):
+            return n * (1 + 0.3 * options["block_index"] + 0.1 * options["block"][1])
+
+        model.set_model_attn1_output_patch(scaled)
+        model.set_model_attn2_output_patch(scaled)
+        return {"model": model}
+
+    def replaced(args, extra):
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] * (1 + 0.3 * args["transformer_options"].get("block_index", 1))}
+
+    for i in range(2):
+        model.set_model_patch_replace(replaced, "dit", "double_block", i)
+    return {"model": model}
+
+
+def users_lora(lab, name: str) -> dict:
+    import comfy.sd
+
+    model = lab.build_model(name)
+    lora = lab.build_student(name, model, seed=31).lora
+    give_lora_a_value(lora)
+    return {"model": comfy.sd.load_lora_for_models(model, None, lora.export(), 1.0, 0)[0]}
+
+
+def flux_guidance(lab, name: str) -> dict:
+    import node_helpers
+
+    return {"positives": [node_helpers.conditioning_set_values(lab.build_conditioning(name), {"guidance": 9.0})]}
+
+
+def shifted_sampling(lab, name: str) -> dict:
+    from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+
+    model = lab.build_model(name)
+    if name == "SD3":
+        return {"model": ModelSamplingSD3().patch(model, 7.0)[0]}
+    return {"model": ModelSamplingFlux().patch(model, 1.5, 0.5, 1024, 1024)[0]}
+
+
+def inpainting(lab, name: str) -> dict:
+    generator = torch.Generator().manual_seed(41)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:] = 1
+    samples = torch.randn(lab.ARCHITECTURES[name].latent, generator=generator)
+    return {"latent": {"samples": samples, "noise_mask": mask}}
+
+
+def batch(lab, name: str) -> dict:
+    return {"latent": lab.build_latent(name, batch=3)}
+
+
+def wide(lab, name: str) -> dict:
+    return {"latent": {"samples": torch.zeros(1, lab.ARCHITECTURES[name].latent[1], 6, 12)}}
+
+
+CASES = [
+    *((feature, name) for feature in (controlnet, area_and_mask, block_patch, users_lora, inpainting, batch, wide)
+      for name in ("SD1.5", "SD3", "FLUX dev")),
+    (flux_guidance, "FLUX dev"), (shifted_sampling, "SD3"), (shifted_sampling, "FLUX dev"),
+]  # fmt: skip
+
+
+def student_with(lab, feature, name: str, checkpointed: bool = True):
+    settings = {"vae": lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), "checkpointed": checkpointed}
+    return lab.build_student(name, **{**settings, **feature(lab, name)})
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
+@pytest.mark.parametrize(("feature", "name"), CASES, ids=[f"{f.__name__}-{name}" for f, name in CASES])
+def test_gradient_with(lab, feature, name, checkpointed):
+    assert picture_to_lora_ratio(student_with(lab, feature, name, checkpointed)) == pytest.approx(1, abs=0.01)
+
+
+def nothing(lab, name: str) -> dict:
+    return {}
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX dev"])
+@pytest.mark.parametrize("feature", [controlnet, area_and_mask, block_patch, users_lora, inpainting])
+def test_changes_the_picture(lab, feature, name):
+    """What is connected is not silently dropped on the way into training."""
+
+    def prediction(feature):
+        student = student_with(lab, feature, name)
+        return student.run(lambda: student.predict(student.roll(student.noise(3), 1), 1).detach(), beside=[])
+
+    with_it, without = prediction(feature), prediction(nothing)
+    assert (with_it - without).abs().max() > 1e-3 * without.abs().max()
