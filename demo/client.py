@@ -105,16 +105,18 @@ class ComfyClient:
 
         Raises PromptRejected, PromptFailed, PromptInterrupted or TimeoutError.
         """
-        prompt_id = self.queue(graph)
+        prompt_id, outputs = self.queue(graph), {}
         for event in self.events(prompt_id, timeout):
             if on_event:
                 on_event(event)
+            if event["type"] == "executed":
+                outputs[event["data"]["node"]] = event["data"]["output"]
             if event["type"] == "execution_error":
                 data = event["data"]
                 raise PromptFailed(f"{data['node_type']} (node {data['node_id']}): {data['exception_message'].strip()}")
             if event["type"] == "execution_interrupted":
                 raise PromptInterrupted(f"prompt {prompt_id} was cancelled")
-        return self.get_json(f"/history/{prompt_id}")[prompt_id]["outputs"]
+        return outputs
 
     def picture(self, shown: dict[str, str]) -> bytes:
         """The bytes of one picture a node showed ({"filename", "subfolder", "type"})."""
