@@ -96,7 +96,8 @@ def _parts(x: Tensor) -> Parts:
     white, green = (_ball(mask, stroke) for mask in masks)
     reach = stroke[:, None, None] / 2 + 2
     near_line = (rows - place).abs() < reach + 0.5
-    near_white, near_green = (ball.distance < ball.radius[:, None, None] + reach for ball in (white, green))
+    around = reach + 1  # balls need not be perfect circles
+    near_white, near_green = (ball.distance < ball.radius[:, None, None] + around for ball in (white, green))
     near_balls = near_white | near_green
     open_field = ~(near_line | near_balls)
     return Parts(luma, dips, horizon, stroke, white, green, near_line, near_balls,

@@ -106,4 +106,5 @@ def load_tiny_clip(path: Path | str) -> comfy.sd.CLIP:
     weights = load_file(path)
     clip = comfy.sd.CLIP(_Target, parameters=sum(w.numel() for w in weights.values()))
     clip.load_sd(weights)
+    clip.cond_stage_model.requires_grad_(False)
     return clip
