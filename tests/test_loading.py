@@ -190,6 +190,22 @@ def test_a_pickled_lora_is_refused(folder, tmp_path):
         load_judge(folder, adapter=lora)
 
 
+def test_a_quantised_judge_hands_the_gradient_to_the_pixels(folder):
+    pytest.importorskip("bitsandbytes")
+    image = torch.rand(1, 3, 64, 64, requires_grad=True)
+    asked = [Question("Warm?"), Question("Is the line thick?")]
+    gradients = []
+    for bits in (None, 8):
+        scores = load_judge(folder, dtype=torch.float32, bits=bits).log_likelihood(image, asked)
+        gradients.append(torch.autograd.grad(scores.sum(), image)[0].flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_only_8_and_4_bits(folder):
+    with pytest.raises(ValueError, match="8 or 4 bits, not to 3"):
+        load_judge(folder, bits=3)
+
+
 def test_discovery_reads_configs_only(folder):
     shutil.copytree(folder, folder.parent / "owner" / "nested")
     (folder.parent / "text-only").mkdir()

@@ -14,7 +14,7 @@ from .shared import shared_look
 
 log = logging.getLogger(__name__)
 
-# How far two ways of computing one log-likelihood may lie apart: rounding of fp32, and of 16-bit activations.
+# How far two ways of computing one log-likelihood may lie apart: rounding of fp32, and of 16-bit or quantised layers.
 TOLERANCE_FP32 = 1e-3
 TOLERANCE_HALF = 0.25
 
@@ -85,4 +85,5 @@ class Look:
         self._causal = True
 
     def _tolerance(self) -> float:
-        return TOLERANCE_FP32 if self.model.dtype == torch.float32 else TOLERANCE_HALF
+        exact = self.model.dtype == torch.float32 and getattr(self.model, "quantization_method", None) is None
+        return TOLERANCE_FP32 if exact else TOLERANCE_HALF
