@@ -45,7 +45,7 @@ def test_prompt_round_trip():
 def test_oracles_agree_with_what_was_drawn():
     u, images = some_scenes(256, seed=1)
     measured, truth = oracles.measure(images), scenes.attributes(u)
-    assert measured["readable"].float().mean() >= 0.98
+    assert measured["readable"].float().mean() >= 0.99
     ok = measured["readable"]
     assert (measured["horizon"] - truth["horizon"])[ok].abs().max() < 0.02
     assert (measured["line"] - truth["line"])[ok].abs().max() < 0.4
@@ -68,7 +68,8 @@ def test_oracles_refuse_ruins(name):
     generator = torch.Generator().manual_seed(2)
     _, images = some_scenes(96, seed=3)
     ruined = torch.cat([pictures.RUINS[name](part, generator) for part in images.split(8)])
-    assert oracles.measure(ruined)["readable"].float().mean() <= 0.03
+    allowed = 0.2 if name == "ghosts" else 0.03  # a piece of a picture that happens to look alike ruins nothing
+    assert oracles.measure(ruined)["readable"].float().mean() <= allowed
 
 
 def test_drift_is_zero_for_a_copy_and_sees_a_flood():

@@ -101,7 +101,7 @@ def answer_logits(model: nn.Module, images: Tensor, tokens: Tensor, places: Tens
 
 
 class Pictures:
-    """Endless training pictures: three eighths ruined, the others scenes, most of both disturbed.
+    """Endless training pictures: seven sixteenths ruined, the others scenes, most of both disturbed.
 
     Args:
         pool: optional (u [N, 8], pictures [N, 3, 64, 64]) that came through the generator, half of what is shown then.
@@ -122,7 +122,7 @@ class Pictures:
         if self.pool is not None:
             rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=g).to(self.device)
             u[::2], images[::2] = self.pool[0][rows], self.pool[1][rows]
-        ruined = torch.arange(count, device=self.device) < count * 3 // 8
+        ruined = torch.arange(count, device=self.device) < count * 7 // 16
         for row in range(int(ruined.sum())):
             images[row:row + 1] = self._pick(RUINS)(images[row:row + 1], g)
         for part in torch.randperm(count, generator=g).split(4)[: count // 4 * 3 // 4]:

@@ -190,6 +190,53 @@ def ink_flood(images: Tensor, g: torch.Generator) -> Tensor:
     return images * (1 - strength) + 0.07 * strength
 
 
+def _patches(count: int, side: int, g: torch.Generator) -> Tensor:
+    """Soft-edged random patches [count, 1, side, side] in 0..1 that cover a tenth to a half of a picture."""
+    coarse = int(torch.randint(3, 9, (), generator=g))
+    height = F.interpolate(torch.rand(count, 1, coarse, coarse, generator=g), side, mode="bicubic")
+    level = height.flatten(1).quantile(float(0.5 + 0.35 * torch.rand((), generator=g)), dim=1)
+    return ((height - level[:, None, None, None]) * float(3 + 12 * torch.rand((), generator=g))).clamp(0, 1)
+
+
+def stains(images: Tensor, g: torch.Generator) -> Tensor:
+    """Clouds of the picture's own colours where they do not belong: earth in the sky, sky in the ground."""
+    count, side = len(images), images.shape[-1]
+    moved = images.roll(int(torch.randint(side // 5, side * 4 // 5, (), generator=g)), dims=2)
+    strength = _uniform(g, count, 0.5, 1.0).to(images.device)
+    return images + strength * _patches(count, side, g).to(images.device) * (blurred(moved, 2.0) - images)
+
+
+def ghosts(images: Tensor, g: torch.Generator) -> Tensor:
+    """Pieces of another picture show through."""
+    count, side = len(images), images.shape[-1]
+    other = scenes.render(torch.rand(count, 8, generator=g).to(images.device), side)
+    strength = _uniform(g, count, 0.5, 1.0).to(images.device)
+    return images + strength * _patches(count, side, g).to(images.device) * (other - images)
+
+
+def many_suns(images: Tensor, g: torch.Generator) -> Tensor:
+    """Two or three more suns."""
+    rows, columns = _grid(images)
+    count, result = len(images), images
+    height = _uniform(g, count, 0.08, 0.4).to(images.device)
+    start = _uniform(g, count, 0.08, 0.4).to(images.device)
+    for k in range(3):
+        y = height + _uniform(g, count, -0.03, 0.03).to(images.device)
+        x = start + k * _uniform(g, count, 0.15, 0.27).to(images.device)
+        distance = ((rows - y) ** 2 + (columns - x) ** 2).sqrt() * 64
+        shown = (torch.rand(count, 1, 1, 1, generator=g) < (1.0, 1.0, 0.5)[k]).to(images)
+        disc = 0.4 * torch.exp(-distance / 7) + 0.5 * (4.5 - distance).clamp(0, 1)
+        result = result + shown * disc * (torch.ones_like(result) - result)
+    return result
+
+
+def missing_ink(images: Tensor, g: torch.Generator) -> Tensor:
+    """A scene without lines."""
+    a = scenes.attributes(torch.rand(len(images), 8, generator=g))
+    a["line"] = _uniform(g, len(images), -1.0, 0.3).flatten()
+    return scenes.draw(a, images.shape[-1]).to(images.device)
+
+
 def melted(images: Tensor, g: torch.Generator) -> Tensor:
     return blurred(images, float(4 + 4 * torch.rand((), generator=g)))
 
@@ -205,5 +252,6 @@ def shuffled(images: Tensor, g: torch.Generator) -> Tensor:
 
 RUINS: dict[str, Ruin] = {
     ruin.__name__: ruin for ruin in (ladder, extra_horizons, blobs, bands, near_black, burnt, pure_noise, blend,
-                                     huge_strokes, colour_flood, missing_balls, ink_flood, melted, shuffled)
+                                     huge_strokes, colour_flood, missing_balls, missing_ink, ink_flood, stains,
+                                     ghosts, many_suns, melted, shuffled)
 }
