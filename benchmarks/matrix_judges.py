@@ -27,6 +27,7 @@ from dual_process.vlm.loading import load_judge
 from dual_process.vlm.processing import PIXEL_TOLERANCE
 from dual_process.vlm.question import Question
 
+BEGIN, END = "<!-- judges -->", "<!-- /judges -->"
 SIZES = ((40, 64), (64, 64), (90, 52))
 LINE, WARM = "Is the line thick?", "Are the colours of this picture warm?"
 LONG = Question(LINE, "maybe definitely")
@@ -162,7 +163,8 @@ CHECKS: dict[str, tuple[Callable[[Judge], float], float]] = {
 
 def examine(name: str, folder: Path) -> dict:
     """Build a family in ``folder``, load it and run every check; a refusal is reported with its sentence."""
-    row = {"name": name, "class": None, "one_look": None, "checks": {}, "ok": False, "why": ""}
+    row = {"name": name, "class": None, "checks": {}, "ok": False, "why": "", "one_look": None}
+    row["transformers"] = transformers.__version__
     try:
         model, processor = vlm_families.build(name)
         row["class"] = type(model).__name__
@@ -183,29 +185,49 @@ def examine(name: str, folder: Path) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| family | class | works | one look for all questions | note |", "|---|---|---|---|---|"]
-    for row in rows:
-        works, shares = ("yes" if row["ok"] else "no"), ("yes" if row["one_look"] else "no")
-        lines.append(f"| {row['name']} | `{row['class'] or '-'}` | {works} | {shares} | {row['why']} |")
+    """The rows as a Markdown table, one column for each version of transformers among them."""
+    versions = sorted({row["transformers"] for row in rows}, reverse=True)
+    heads = ["family", "class", *(f"transformers {version}" for version in versions), "one look", "note"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        ran = {row["transformers"]: row for row in rows if row["name"] == name}
+        kind = next((f"`{row['class']}`" for row in ran.values() if row["class"]), "-")
+        works = [("yes" if ran[version]["ok"] else "no") if version in ran else "-" for version in versions]
+        look = "yes" if any(row["one_look"] for row in ran.values()) else "no"
+        notes = dict.fromkeys(row["why"] for row in ran.values() if row["why"])
+        lines.append("| " + " | ".join([name, kind, *works, look, " ".join(notes)]) + " |")
     return "\n".join(lines)
+
+
+def write_table(readme: Path, rows: list[dict]) -> None:
+    """Put the table between the two marks in a Markdown file; raises ValueError when they are not there."""
+    text = readme.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"{readme} has no place for the table: put the lines {BEGIN} and {END} into it.")
+    readme.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write one row per family to this file")
     parser.add_argument("--only", nargs="*", default=list(vlm_families.FAMILIES), help="families to examine")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="rows of runs on other transformers versions")
+    parser.add_argument("--readme", type=Path, help="write the table between the marks in this file")
     arguments = parser.parse_args()
     logging.getLogger("dual_process").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         rows = [examine(name, Path(scratch) / name.replace(" ", "_")) for name in arguments.only]
-    print(table(rows))
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} families on transformers {transformers.__version__}")
     if arguments.json:
-        report = {"transformers": transformers.__version__, "torch": torch.__version__, "families": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    rows += [row for other in arguments.also for row in json.loads(other.read_text(encoding="utf-8"))]
+    print(table(rows))
+    if arguments.readme:
+        write_table(arguments.readme, rows)
 
 
 if __name__ == "__main__":
