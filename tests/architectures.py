@@ -136,11 +136,11 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def build_model(name: str, seed: int = 0) -> ModelPatcher:
-    """The tiny MODEL of an architecture, float32, random weights."""
+def build_model(name: str, seed: int = 0, dtype=torch.float32, compute: torch.dtype | None = None) -> ModelPatcher:
+    """The tiny MODEL of an architecture, random weights of ``dtype``, cast to ``compute`` (if given) as it runs."""
     architecture = ARCHITECTURES[name]
     model_config = getattr(sm, architecture.model_class)(_known_to_this_comfyui(architecture))
-    model_config.set_inference_dtype(torch.float32, None)
+    model_config.set_inference_dtype(dtype, compute)
     model = model_config.get_model({}, "", device="cpu")
     randomise(model.diffusion_model, seed)
     model.requires_grad_(False)
@@ -172,6 +172,9 @@ def randomise(module: torch.nn.Module, seed: int, gain: float = 1.0) -> None:
                 parameter.copy_(1 + 0.1 * noise)
             else:
                 parameter.copy_(0.05 * noise)
+        for buffer in module.buffers():  # position embeddings, which loaders would fill
+            if buffer.is_floating_point():
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def _known_to_this_comfyui(architecture: Architecture) -> dict:

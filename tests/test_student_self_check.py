@@ -1,0 +1,178 @@
+"""The check before the first step: quiet on every sound model, and it names what is planted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dual_process.trainers.self_check import check_gradients
+
+ALL = [
+    "SD1.5", "SDXL", "SD3", "FLUX dev", "FLUX schnell", "Chroma", "FLUX.2", "Lumina 2", "Z-Image", "Qwen-Image",
+    "Wan still", "HiDream", "PixArt",
+]  # fmt: skip
+
+
+@pytest.fixture
+def lab(comfy):
+    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
+    from dual_process.tests import architectures
+
+    with torch.inference_mode():
+        yield architectures
+
+
+def check(student) -> None:
+    student.run(lambda: check_gradients(student), beside=[])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_sound_model_passes(lab, name):
+    check(lab.build_student(name))
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX dev", "Z-Image"])
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float8_e4m3fn, torch.bfloat16)],
+    ids=["bf16", "fp16", "fp8"],
+)
+def test_rounding_is_not_taken_for_an_error(lab, name, dtype, compute):
+    check(lab.build_student(name, lab.build_model(name, dtype=dtype, compute=compute)))
+
+
+def test_the_lora_is_left_as_it_was(lab):
+    student = lab.build_student("SD3")
+    before = student.lora.snapshot()
+    check(student)
+    assert all(torch.equal(before[name], value) for name, value in student.lora.state_dict().items())
+    assert all(parameter.grad is None for parameter in student.lora.parameters())
+
+
+def test_costs_a_twentieth_of_a_hundred_steps_at_most(lab):
+    student = lab.build_student("Qwen-Image")  # has layers without gradient, so all parts of the check run
+    predict, calls = student.predict, []
+    student.predict = lambda x, k: calls.append(k) or predict(x, k)
+    check(student)
+    backward = 3  # forwards that a backward with recomputation costs
+    step = 1 + backward + 1  # prediction with backward, prediction without the LoRA; rolling and judge not counted
+    assert len(calls) + backward <= 0.05 * 100 * step
+
+
+def without_autograd(function):
+    """``function`` as a CUDA kernel without a backward would be."""
+
+    def kernel(*args, **kwargs):
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return kernel
+
+
+def test_attention_patch_without_autograd(lab):
+    model = lab.build_model("SD1.5")
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    @without_autograd
+    def sage(q, k, v, options):
+        return attention_pytorch(q, k, v, options["n_heads"])
+
+    for block, number in (("input", 1), ("middle", 0), ("output", 2)):
+        model.set_model_attn1_replace(sage, block, number)
+    with pytest.raises(RuntimeError, match="get no gradient.*attn1.*--use-pytorch-cross-attention"):
+        check(lab.build_student("SD1.5", model))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "attention"),
+    [("PixArt", "pixart.blocks", "optimized_attention"), ("FLUX dev", "flux.layers", "attention")],
+)
+def test_attention_replaced_by_a_kernel_without_autograd(lab, name, module, attention, monkeypatch):
+    import importlib
+
+    module = importlib.import_module(f"comfy.ldm.{module}")
+    monkeypatch.setattr(module, attention, without_autograd(getattr(module, attention)))
+    with pytest.raises(RuntimeError, match="get no gradient.*--use-pytorch-cross-attention"):
+        check(lab.build_student(name))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tiled_vae(lab, mode):
+    student = lab.build_student("SD3")
+    decode = student.vae.first_stage_model.decode
+
+    def tiled(latent):
+        with mode():
+            return torch.cat([decode(half) for half in latent.chunk(2, dim=-1)], dim=-1)
+
+    student.vae.first_stage_model.decode = tiled
+    with pytest.raises(RuntimeError, match="No usable gradient passes through the VAE: it decodes in tiles"):
+        check(student)
+
+
+def as_plain_checkpointing_does(forward):
+    """Recomputation from the block's inputs as they are by then, which no error reveals in older versions of torch."""
+
+    def block(*args, **kwargs):
+        if any(getattr(value, "requires_grad", False) for value in (*args, *kwargs.values())):
+            return checkpoint(lambda: forward(*args, **kwargs), use_reentrant=False)
+        return forward(*args, **kwargs)
+
+    return block
+
+
+@pytest.mark.parametrize("name", ["FLUX dev", "Chroma", "FLUX.2"])
+def test_blocks_that_overwrite_their_inputs(lab, name, monkeypatch):
+    from dual_process.trainers import checkpointing
+
+    monkeypatch.setattr(checkpointing, "_checkpointed", as_plain_checkpointing_does)
+    with pytest.raises(RuntimeError, match="The gradient is not the model's.*Turn checkpointing off"):
+        check(lab.build_student(name))
+
+
+def test_blocks_that_overwrite_what_autograd_saved(lab, monkeypatch):
+    from dual_process.trainers import checkpointing
+
+    monkeypatch.setattr(checkpointing, "_on_a_clone", lambda forward: forward)
+    monkeypatch.setattr(checkpointing, "_on_clones", lambda forward: forward)
+    with pytest.raises(RuntimeError, match=r"Backward through the model fails \(one of the variables.*inplace"):
+        check(lab.build_student("FLUX dev", checkpointed=False))
+
+
+def test_cached_blocks(lab):
+    """What TeaCache and its relatives do: the second call is answered from the first."""
+    from comfy.patcher_extension import WrappersMP
+
+    model, seen = lab.build_model("FLUX dev"), []
+
+    def cached(executor, *args, **kwargs):
+        if not seen:
+            seen.append(executor(*args, **kwargs))
+        return seen[0]
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", cached)
+    with pytest.raises(RuntimeError, match="0.00 times what the gradient promises.*TeaCache"):
+        check(lab.build_student("FLUX dev", model))
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX dev"])
+def test_layers_that_compute_without_autograd(lab, name):
+    """What a dequantising matrix product without backward (GGUF, Nunchaku) does to a bypass LoRA."""
+    model = lab.build_model(name)
+    for module in model.model.diffusion_model.modules():
+        if hasattr(module, "in_features"):
+            module.forward = without_autograd(module.forward)
+    with pytest.raises(RuntimeError, match="Load Diffusion Model"):
+        check(lab.build_student(name, model))
+
+
+def test_a_model_without_autograd(lab):
+    from comfy.patcher_extension import WrappersMP
+
+    model = lab.build_model("FLUX dev")
+    model.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "engine", lambda executor, *args, **kwargs: executor(*args, **kwargs).detach()
+    )
+    with pytest.raises(RuntimeError, match="No gradient passes through the model.*GGUF.*Load Diffusion Model"):
+        check(lab.build_student("FLUX dev", model))

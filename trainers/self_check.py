@@ -1,0 +1,188 @@
+"""The look before the leap: does the gradient that training is about to follow describe the model it runs on?
+
+Attention kernels without autograd, patches that cache or detach, quantised layers and blocks that write into their
+inputs do not fail. They return a gradient that is silently wrong, and an hour of training on it. So before the first
+step the gradient is compared with what the model does when its LoRA is really moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+logger = logging.getLogger(__name__)
+
+SEED = 2**33  # beyond the seeds of training and of the held-out pictures
+GROUPS = 3  # stretches of layers that are moved one after another, so that none hides behind the others
+MOVE = 3e-4  # of a prediction's norm: small against curvature, large against float32 rounding
+MOVE_PER_NOISE = 3.0
+TOLERANCE = 0.05
+TOLERANCE_PER_NOISE = 15.0
+MOST_TOLERANCE = 0.3
+VISIBLE = 1e-3  # relative change of a prediction that cannot be rounding, unless the model's noise is larger
+
+STOCK_LOADERS = "Load the model with Load Diffusion Model or Load Checkpoint"
+NO_KERNELS = "start ComfyUI with --use-pytorch-cross-attention, and take sage attention patches off the model"
+
+
+def check_gradients(student) -> None:
+    """Compare the student's gradients with finite differences, at its first sampling step.
+
+    Costs one forward with backward and about eight forwards without. The LoRA is left as it was.
+
+    Args:
+        student: a student that is being run (inside its ``run``).
+    Raises:
+        RuntimeError: gradients do not pass, or are not the model's; the text says what to change.
+    """
+    student.use_prompt(0)
+    x = student.roll(student.noise(SEED), 0)
+    prediction = student.predict(x, 0)
+    if not prediction.requires_grad:
+        raise RuntimeError(
+            "No gradient passes through the model: its loader or a patch computes without autograd (GGUF, Nunchaku, "
+            f"TensorRT and compiled models do). {STOCK_LOADERS}."
+        )
+    _check_decoder(student, prediction.detach())
+    weights = _smooth_weights(prediction)
+    gradients = _lora_gradients(student, prediction, weights)
+
+    def predict() -> Tensor:
+        return student.predict(x, 0)
+
+    with torch.no_grad():
+        probe = _Probe(list(student.lora.adapters), gradients, predict, weights)
+        probe.look_for_cut_layers(student.lora.paths)
+        probe.compare_with_differences()
+
+
+def _check_decoder(student, latent: Tensor) -> None:
+    latent.requires_grad_()
+    image = student.decode(latent)
+    if image.requires_grad:
+        (gradient,) = torch.autograd.grad(image.square().mean() * student.gradient_scale, latent)
+        if torch.isfinite(gradient).all() and gradient.any():
+            return
+    raise RuntimeError(
+        "No usable gradient passes through the VAE: it decodes in tiles, without autograd, or beyond the range of its "
+        "number format. Connect the VAE straight from Load VAE, without tiling patches, and run it in bf16 or fp32."
+    )
+
+
+def _smooth_weights(like: Tensor) -> Tensor:
+    """A random direction of pictures, smooth because that is what rounding noise is not."""
+    coarse = torch.randn(1, like[0].numel() // like[0, 0].numel(), 4, 4, generator=torch.Generator().manual_seed(1))
+    smooth = interpolate(coarse, like.shape[-2:], mode="bilinear", align_corners=True)
+    weights = smooth.view(1, -1, *(1,) * (like.ndim - 4), *like.shape[-2:]).expand_as(like).to(like)
+    return weights / weights.norm()  # the size of a judge's gradient, which half precision can carry
+
+
+def _lora_gradients(student, prediction: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of ``(prediction * weights).sum()`` for every adapter's A and B."""
+    parameters = list(student.lora.parameters())
+    value = (prediction * weights).sum() * student.gradient_scale
+    try:
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Backward through the model fails ({str(error).splitlines()[0]}). A patch or a loader is in the way: take "
+            f"the patches off the model, or: {STOCK_LOADERS}."
+        ) from error
+    scaled = [torch.zeros_like(p) if g is None else g / student.gradient_scale for p, g in zip(parameters, found)]
+    if not all(torch.isfinite(g).all() for g in scaled):
+        raise RuntimeError("The model's gradients are not finite. Load the model in bf16 or fp32 instead of fp16.")
+    return [(a, b) for a, b in zip(scaled[::2], scaled[1::2])]
+
+
+class _Probe:
+    """Moves adapters, looks what the prediction does, and puts them back."""
+
+    def __init__(self, adapters: list, gradients: list, predict: Callable[[], Tensor], weights: Tensor):
+        self.adapters, self.gradients, self.predict, self.weights = adapters, gradients, predict, weights
+        self.base = predict()
+        self.unit = (weights.double().norm() * self.base.double().norm()).item()
+        self.live = [i for i, pair in enumerate(gradients) if any(g.any() for g in pair)]
+        if not self.live:
+            raise RuntimeError(f"No gradient reaches the LoRA. {STOCK_LOADERS}, and {NO_KERNELS}.")
+        # What there and back do not cancel is rounding, which this way needs no knowledge of number formats.
+        there_and_back = (self._along(self.live, MOVE) + self._along(self.live, -MOVE)) / 2
+        self.noise = self._change(there_and_back)
+
+    def _change(self, prediction: Tensor) -> float:
+        """Distance of a prediction from the unmoved one, relative to its norm."""
+        return ((prediction - self.base).double().norm() / self.base.double().norm()).item()
+
+    def _moved(self, moves: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """The prediction with some adapters' A and B moved."""
+        before = {i: (self.adapters[i].A.clone(), self.adapters[i].B.clone()) for i in moves}
+        try:
+            for i, (a, b) in moves.items():
+                self.adapters[i].A += a
+                self.adapters[i].B += b
+            return self.predict()
+        finally:
+            for i, (a, b) in before.items():
+                self.adapters[i].A.copy_(a)
+                self.adapters[i].B.copy_(b)
+
+    def _along(self, group: list[int], move: float) -> Tensor:
+        """The prediction after a step along the gradient that should change ``(prediction * weights).sum()`` by
+        ``move`` of its largest possible value."""
+        length = move * self.unit / self._norm(group) ** 2
+        return self._moved({i: tuple(g * length for g in self.gradients[i]) for i in group})
+
+    def _norm(self, group: list[int]) -> float:
+        return math.sqrt(sum(g.double().square().sum().item() for i in group for g in self.gradients[i]))
+
+    def look_for_cut_layers(self, paths: list[str]) -> None:
+        """Layers without gradient are right only if the prediction does not depend on them."""
+        silent = [i for i in range(len(self.adapters)) if i not in self.live]
+        if not silent:
+            return
+        generator = torch.Generator().manual_seed(2)
+        moves = {}
+        for i in silent:
+            a, b = self.adapters[i].A, self.adapters[i].B
+            push = torch.randn(b.shape, generator=generator).to(b) * 0.1 / math.sqrt(b.shape[1])
+            moves[i] = (torch.zeros_like(a), push)
+        if self._change(self._moved(moves)) > max(VISIBLE, 3 * self.noise):
+            raise RuntimeError(
+                f"{len(silent)} of {len(self.adapters)} LoRA layers change the picture but get no gradient, first "
+                f"'{paths[silent[0]]}': attention or another kernel runs without autograd. To train, {NO_KERNELS}; or: "
+                f"{STOCK_LOADERS}."
+            )
+
+    def compare_with_differences(self) -> None:
+        """Autograd's derivative against the finite difference along it, stretch by stretch of the model."""
+        tolerance = min(TOLERANCE + TOLERANCE_PER_NOISE * self.noise, MOST_TOLERANCE)
+        count = len(self.live)
+        for start, end in ((n * count // GROUPS, (n + 1) * count // GROUPS) for n in range(GROUPS)):
+            group = self.live[start:end]
+            if not group:
+                continue
+            ratio = self._ratio(group, tolerance)
+            logger.debug("gradient check: ratio %.3f, noise %.1e, tolerance %.2f", ratio, self.noise, tolerance)
+            if abs(ratio - 1) > tolerance:
+                raise RuntimeError(
+                    f"The gradient is not the model's: moving the LoRA does {ratio:.2f} times what the gradient "
+                    f"promises (allowed: 1 ± {tolerance:.2f}). Turn checkpointing off, take patches that cache, "
+                    f"compile or replace blocks off the model (TeaCache, torch.compile), or: {STOCK_LOADERS}."
+                )
+
+    def _ratio(self, group: list[int], tolerance: float) -> float:
+        """Finite difference over derivative; of several step lengths the first that fits, else the first."""
+        step = max(MOVE, MOVE_PER_NOISE * self.noise)
+        ratios = []
+        for length in (step, step / 3, step * 3):
+            rise = (self._along(group, length) - self._along(group, -length)).double()
+            ratios.append(((rise * self.weights).sum() / (2 * length * self.unit)).item())
+            if abs(ratios[-1] - 1) <= tolerance:
+                return ratios[-1]
+        return ratios[0]
