@@ -158,11 +158,14 @@ def main() -> None:
     """Run the demo; see `parse_arguments` for its options."""
     start = time.monotonic()
     arguments = parse_arguments()
+    from transformers.utils.logging import disable_progress_bar
+
     from ..tiny.questions import QUESTIONS
     from ..vlm.loading import load_judge
     from ..vlm.question import Question
     from .measure import comparison_sheet, evaluate
 
+    disable_progress_bar()
     output, pictures = arguments.output, arguments.output / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     question = Question(QUESTIONS[arguments.question][0], arguments.answer)
