@@ -1,0 +1,70 @@
+"""Models in half precision and fp8: the LoRA stays float32, and its gradient is that of the float32 model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from dual_process.trainers.dual_process import Settings, train
+from dual_process.trainers.objective import Objective
+from dual_process.vlm.question import Question
+
+# Not FLUX dev: in bf16 it rounds 1000 times the guidance before taking its sine, and so is another model.
+NAMES = ["SD1.5", "SD3", "FLUX schnell", "Z-Image"]
+FORMATS = {  # weights, computation, least cosine of the gradient; fp8 and bf16 keep 3 and 7 bits of each weight
+    "fp16": (torch.float16, None, 0.999),
+    "bf16": (torch.bfloat16, None, 0.99),
+    "bf16 weights": (torch.bfloat16, torch.float32, 0.999),
+    "fp8 in bf16": (torch.float8_e4m3fn, torch.bfloat16, 0.9),
+    "fp8 in fp16": (torch.float8_e4m3fn, torch.float16, 0.9),
+}
+
+
+@pytest.fixture
+def lab(comfy):
+    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
+    from dual_process.tests import architectures
+
+    with torch.inference_mode():
+        yield architectures
+
+
+def gradient(lab, name: str, dtype=torch.float32, compute=None) -> torch.Tensor:
+    """The LoRA's gradient of a fixed direction of pictures, all layers in one vector."""
+    model = lab.build_model(name, dtype=dtype, compute=compute)
+    student = lab.build_student(name, model, vae=lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]))
+
+    def loop():
+        image = student.decode(student.predict(student.roll(student.noise(3), 0), 0))
+        direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(5))
+        ((image * direction).mean() * student.gradient_scale).backward()
+        return torch.cat([p.grad.flatten() for p in student.lora.parameters() if p.grad is not None])
+
+    return student.run(loop, beside=[])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_that_of_the_float32_model(lab, name):
+    exact = gradient(lab, name)
+    for label, (dtype, compute, least) in FORMATS.items():
+        assert cosine_similarity(gradient(lab, name, dtype, compute), exact, dim=0) > least, label
+
+
+@pytest.mark.parametrize("label", FORMATS)
+@pytest.mark.parametrize("name", ["SD1.5", "FLUX dev"])
+def test_two_steps(lab, name, label):
+    dtype, compute, _ = FORMATS[label]
+    model = lab.build_model(name, dtype=dtype, compute=compute)
+    weights = {key: value.clone() for key, value in model.model.state_dict().items()}
+    student, judge = lab.build_student(name, model), lab.build_judge()
+    before = student.lora.snapshot()
+    objective = Objective([Question("Is the line thick?")], margin=30.0)
+    settings = Settings(steps=2, check_every=0, check_seeds=1)
+    run = student.run(lambda: train(student, judge.judge, objective, settings, lambda *_: None), [judge.patcher])
+    assert len(run.loss) == 2 and all(torch.isfinite(torch.tensor(run.loss)))
+    after = student.lora.state_dict()
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[key], after[key].cpu()) for key in before)
+    for key, value in model.model.state_dict().items():
+        assert value.dtype == weights[key].dtype and torch.equal(value.float(), weights[key].float()), key
