@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from dual_process.tests.vlm_families import tensor_backed
 from dual_process.tests.vlm_words import CORPUS, qwen_words
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.loading import load_judge
@@ -73,7 +74,7 @@ def half_billion_judge() -> Judge:
         transformers.Qwen2VLVideoProcessor(),
         chat_template=words.chat_template,
     )
-    return Judge(model, processor, "Qwen2.5-VL, 0.5 B class, random weights")
+    return Judge(model, tensor_backed(processor), "Qwen2.5-VL, 0.5 B class, random weights")
 
 
 class PeakMemory:

@@ -18,7 +18,7 @@ def judge(name: str = "Idefics3", template: str | None = None, **options) -> Jud
     model, processor = vlm_families.build(name)
     if template is not None:
         processor.chat_template = template
-    return Judge(model, processor, name, **options)
+    return Judge(model, vlm_families.tensor_backed(processor), name, **options)
 
 
 def words(judge: Judge, question: str, answer: str) -> tuple[str, list[str]]:
@@ -61,7 +61,7 @@ def test_a_merge_at_the_boundary_belongs_to_the_answer():
     model, processor = vlm_families.build("Idefics3")
     processor.tokenizer.add_tokens(AddedToken("YesNo", normalized=False))
     model.resize_token_embeddings(len(processor.tokenizer))
-    one = Judge(model, processor, "Idefics3", template="<|im_start|>{image}{question} Yes")
+    one = Judge(model, vlm_families.tensor_backed(processor), "Idefics3", template="<|im_start|>{image}{question} Yes")
     prompt, answer = words(one, "Warm?", "Up")
     assert prompt.endswith("Warm? Yes") and answer == ["U", "p"]
     prompt, answer = words(one, "Warm?", "No")
@@ -106,11 +106,13 @@ def test_a_template_that_drops_answers_is_one_sentence():
 
 def test_an_answer_outside_the_vocabulary_is_one_sentence():
     model, processor = vlm_families.build("Qwen2-VL")
-    small = Tokenizer(models.WordLevel({"<unk>": 0, "Warm?": 1, "Yes": 2, "No": 3, "<|image_pad|>": 4}, unk_token="<unk>"))
+    small = Tokenizer(
+        models.WordLevel({"<unk>": 0, "Warm?": 1, "Yes": 2, "No": 3, "<|image_pad|>": 4}, unk_token="<unk>")
+    )
     small.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=small, unk_token="<unk>")
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
-    one = Judge(model, processor, "small", template="{image} {question} ")
+    one = Judge(model, vlm_families.tensor_backed(processor), "small", template="{image} {question} ")
     assert words(one, "Warm?", "Yes")[1] == ["Yes"]
     with pytest.raises(ValueError, match='no token for the answer "umbrella"'):
         one.prompts.encode("Warm?", "umbrella", SIZE)

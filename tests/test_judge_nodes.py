@@ -10,7 +10,6 @@ import torch
 
 from dual_process.benchmarks.matrix_judges import picture
 from dual_process.tests import vlm_families
-from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
 
 
@@ -18,7 +17,7 @@ from dual_process.vlm.question import Question
 def managed(comfy):
     from dual_process.trainers.comfy_memory import ManagedJudge
 
-    return ManagedJudge(Judge(*vlm_families.build("Idefics3"), "tiny"))
+    return ManagedJudge(vlm_families.judge("Idefics3"))
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_nothing_of_a_dropped_judge_stays(comfy, nodes):
     from dual_process.trainers.comfy_memory import ManagedJudge
 
     mm.unload_all_models()
-    managed = ManagedJudge(Judge(*vlm_families.build("Idefics3"), "tiny"))
+    managed = ManagedJudge(vlm_families.judge("Idefics3"))
     nodes[1](judge=managed, images=comfy_images(2), questions=[Question("Warm?"), Question("Cold?")], keep=1)
     weights = [weakref.ref(parameter) for parameter in managed.judge.model.parameters()]
     assert all(weight() is not None for weight in weights)

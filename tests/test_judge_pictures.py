@@ -23,7 +23,7 @@ def judges():
 
     def get(name: str) -> Judge:
         if name not in made:
-            made[name] = Judge(*vlm_families.build(name), name, template=vlm_families.TEMPLATES.get(name, ""))
+            made[name] = vlm_families.judge(name)
         return made[name]
 
     return get
@@ -53,7 +53,9 @@ def test_a_template_for_one_picture_is_one_sentence(judges):
     model, processor = vlm_families.build("Idefics3")
     processor.chat_template = processor.chat_template.replace("{% else %}<image>", "{% elif loop.first %}<image>")
     with pytest.raises(ValueError, match="Idefics3 cannot be shown 2 pictures at once"):
-        Judge(model, processor, "Idefics3").log_likelihood([picture(), picture()], [CHANGED])
+        Judge(model, vlm_families.tensor_backed(processor), "Idefics3").log_likelihood(
+            [picture(), picture()], [CHANGED]
+        )
 
 
 def test_values_outside_the_range_keep_their_gradient(judges):
@@ -64,18 +66,19 @@ def test_values_outside_the_range_keep_their_gradient(judges):
 
 
 def test_half_precision_judges_hand_back_fp32_gradients():
-    model, processor = vlm_families.build("Qwen2.5-VL")
+    judge = vlm_families.judge("Qwen2.5-VL")
     image = picture().requires_grad_()
     asked = [Question("Warm?"), Question("Is the line thick?")]
-    scores = Judge(model, processor, "exact").log_likelihood(image, asked)
-    half = Judge(model.bfloat16(), processor, "half").log_likelihood(image, asked)
+    scores = judge.log_likelihood(image, asked)
+    judge.model.bfloat16()
+    half = judge.log_likelihood(image, asked)
     half.sum().backward()
     assert half.dtype == image.grad.dtype == torch.float32
     assert (half - scores).abs().max() < 0.2
 
 
 def test_sharing_falls_back_loudly(judges, caplog):
-    judge = Judge(*vlm_families.build("PaliGemma"), "PaliGemma", template=vlm_families.TEMPLATES["PaliGemma"])
+    judge = vlm_families.judge("PaliGemma")
     judge.log_likelihood(picture(), [Question("Warm?"), Question("Is the line thick?")])
     assert "PaliGemma cannot share one look" in caplog.text
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from dual_process.tests.vlm_words import GEMMA, LLAMA, MISTRAL, SMOL, VICUNA, chatml, qwen_words, smol_words, tokenizer
+from dual_process.vlm.judge import Judge
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 ROPE = dict(rope_type="default", rope_theta=10000.0)
@@ -25,6 +26,20 @@ def build(name: str, seed: int = 0) -> tuple[torch.nn.Module, object]:
     model, processor = FAMILIES[name]()
     enliven(model)
     return model, processor
+
+
+def judge(name: str, seed: int = 0, **options) -> Judge:
+    """The family as a judge, with ``options`` for ``Judge``, without going through a folder."""
+    model, processor = build(name, seed)
+    return Judge(model, tensor_backed(processor), name, **{"template": TEMPLATES.get(name, ""), **options})
+
+
+def tensor_backed(processor):
+    """The processor with the image processor that loading would give it: transformers 4 builds the PIL one."""
+    if transformers.__version__.startswith("4."):
+        own = processor.image_processor
+        processor.image_processor = getattr(transformers, f"{type(own).__name__}Fast")(**own.to_dict())
+    return processor
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def download_judge(hub_id: str, root: Path, report: Callable[[int, int], None] =
         ConnectionError: the Hub cannot be reached, or the disk is full.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id, re.ASCII):
         raise ValueError(f'"{hub_id}" is no hub id: it has the form owner/name, such as Qwen/Qwen2.5-VL-7B-Instruct.')
@@ -37,11 +37,11 @@ def download_judge(hub_id: str, root: Path, report: Callable[[int, int], None] =
         snapshot_download(
             hub_id, local_dir=folder, allow_patterns=WANTED, ignore_patterns=["*/*"], tqdm_class=bar, token=None
         )
-    except HfHubHTTPError as error:
-        raise ValueError(
-            f"The Hub does not give {hub_id} away ({_first_line(error)}): check the id and the model's terms."
-        ) from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(
+                f"The Hub does not give {hub_id} away ({_first_line(error)}): check the id and the model's terms."
+            ) from error
         raise ConnectionError(
             f"{hub_id} could not be downloaded ({_first_line(error)}): check the connection and the disk and try again "
             f"(what is there is kept), or copy the model's folder to {folder} by hand."
