@@ -1,5 +1,6 @@
 """The trainer."""
 
+import math
 import time
 
 import comfy.samplers
@@ -11,12 +12,14 @@ from server import PromptServer
 from torch import Tensor
 
 from ..trainers.comfy_student import ComfyStudent
-from ..trainers.dual_process import Run, Settings, train
+from ..trainers.dual_process import LEARN_AT, Run, Settings, train
 from ..trainers.lora_file import TrainedLoRA, describe
 from ..trainers.objective import LIKELIHOOD, MARGIN, Objective
+from ..trainers.self_check import check_gradients
 from .types import CATEGORY, JudgeType, LoRAType, LossType, PromptsType, QuestionsType
 
 PREVIEW_SECONDS = 0.5
+CHECKED_PICTURES = 4  # held-out pictures at least
 
 
 class Trainer(io.ComfyNode):
@@ -127,6 +130,31 @@ class Trainer(io.ComfyNode):
                     default=True,
                     tooltip="Recompute instead of remember: much less memory, about a third more time.",
                 ),
+                io.Combo.Input(
+                    "learn_at",
+                    options=list(LEARN_AT),
+                    tooltip="The sampler steps that are learned from. Early steps decide what is where (with few "
+                    "sampler steps, best for composition), late ones how it is drawn.",
+                ),
+                io.Int.Input(
+                    "accumulate",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Passes of one batch that make one step: larger batches than fit on the GPU.",
+                ),
+                io.String.Input(
+                    "targets",
+                    default="",
+                    tooltip="Regular expression for the layers to adapt, for example 'attn'. Empty: attention and MLPs "
+                    "of all blocks.",
+                ),
+                io.Boolean.Input(
+                    "self_check",
+                    default=True,
+                    tooltip="Before the first step, compare gradients with what the model really does. Finds attention "
+                    "kernels, patches and loaders that would train wrongly without an error.",
+                ),
             ],
             outputs=[
                 LoRAType.Output(display_name="lora", tooltip="Connect to LoRA Apply and Save LoRA."),
@@ -161,12 +189,17 @@ class Trainer(io.ComfyNode):
         check_every,
         stop_at,
         checkpointing,
+        learn_at,
+        accumulate,
+        targets,
+        self_check,
         negative=None,
         more_prompts=None,
         sigmas=None,
         sampler=None,
     ):
         goal = Objective(questions, objective)
+        judge.judge.check(questions)
         settings = Settings(
             steps=steps,
             learning_rate=learning_rate,
@@ -175,6 +208,9 @@ class Trainer(io.ComfyNode):
             judge_noise=judge_noise,
             check_every=check_every,
             held=stop_at,
+            check_seeds=max(2, math.ceil(CHECKED_PICTURES / latent["samples"].shape[0])),
+            learn_at=learn_at,
+            accumulate=accumulate,
         )
         if sigmas is None:
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, sampler_steps)
@@ -190,10 +226,17 @@ class Trainer(io.ComfyNode):
             rank=rank,
             alpha=float(rank),
             seed=seed,
+            targets=targets,
             checkpointed=checkpointing,
         )
         show = Progress(cls.hidden.unique_id, settings.steps)
-        run = student.run(lambda: train(student, judge.judge, goal, settings, show), beside=[judge.patcher])
+
+        def teach() -> Run:
+            if self_check:
+                check_gradients(student)
+            return train(student, judge.judge, goal, settings, show)
+
+        run = student.run(teach, beside=[judge.patcher])
         lora = TrainedLoRA(student.lora.export(), describe(run, goal, settings, judge.judge.name, rank))
         before, after = (c.pictures.movedim(1, -1).cpu() for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)

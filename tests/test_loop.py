@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dual_process.trainers.dual_process import Settings, train, with_noise
+from dual_process.trainers.dual_process import EARLY_STEPS, LATE_STEPS, Settings, train, with_noise
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
 from dual_process.vlm.question import Question
 
@@ -117,6 +117,28 @@ def test_training_never_sees_the_held_out_seeds():
 
 def test_same_seed_same_run():
     assert teach(seed=3)[1].loss == teach(seed=3)[1].loss != teach(seed=4)[1].loss
+
+
+def test_which_steps_are_learned():
+    assert list(Settings().learned_steps(3)) == [0, 1, 2]
+    for setting in (EARLY_STEPS, LATE_STEPS):
+        assert list(Settings(learn_at=setting).learned_steps(1)) == [0]
+    assert list(Settings(learn_at=EARLY_STEPS).learned_steps(4)) == [0]
+    assert list(Settings(learn_at=LATE_STEPS).learned_steps(4)) == [3]
+    assert list(Settings(learn_at=EARLY_STEPS).learned_steps(20)) == [0, 1, 2, 3, 4]
+    assert list(Settings(learn_at=LATE_STEPS).learned_steps(50)) == list(range(37, 50))
+
+
+def test_accumulated_passes_are_one_larger_batch():
+    """Four passes make the step that one pass with the mean of their gradients makes."""
+    quiet = {"steps": 1, "judge_noise": 0.0, "anchor": 0.0, "check_every": 0}
+    student, run, _ = teach(accumulate=4, **quiet)
+    trained = [seed for seed in student.seeds if seed >= 2**32]
+    assert len(trained) == 4 and len(run.loss) == 1
+    losses = [
+        Objective([Question("Is it bright?")])(BrightnessJudge(), GreyStudent().draw(seed))[0].item() for seed in trained
+    ]
+    assert run.loss[0] == pytest.approx(sum(losses) / 4)
 
 
 def test_a_dead_gradient_is_an_error():

@@ -7,6 +7,7 @@ into the LoRA.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,11 @@ from .objective import Objective
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
+
+# Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
+# ones how it is drawn.
+ANY_STEP, EARLY_STEPS, LATE_STEPS = "any step", "early steps", "late steps"
+LEARN_AT = {ANY_STEP: (0.0, 1.0), EARLY_STEPS: (0.0, 0.25), LATE_STEPS: (0.75, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Settings:
         check_every: steps between looks at the held-out seeds; 0 never looks.
         held: mean P(wanted answer) on the held-out seeds, for every question, at which training stops.
         check_seeds: number of held-out seeds.
+        learn_at: a key of ``LEARN_AT``: the sampler's steps k that are drawn from. ``any step`` is the paper's choice.
+        accumulate: passes of one batch, each with a noise, step and prompt of its own, whose gradients make one step.
     """
 
     steps: int = 100
@@ -45,6 +53,13 @@ class Settings:
     check_every: int = 10
     held: float = 0.97
     check_seeds: int = 2
+    learn_at: str = ANY_STEP
+    accumulate: int = 1
+
+    def learned_steps(self, steps: int) -> range:
+        """The k to draw from, of a schedule of ``steps`` steps; never empty."""
+        start, end = LEARN_AT[self.learn_at]
+        return range(math.floor(start * steps), math.ceil(end * steps))
 
 
 @dataclass(frozen=True)
@@ -87,24 +102,11 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     best, kept = run.checks[0], student.lora.snapshot()
 
     for step in range(1, settings.steps + 1):
-        seed, k, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.steps, student.prompts))
-        student.use_prompt(prompt)
-        x = student.roll(student.noise(TRAINING_SEEDS + seed), k)
-        x0 = student.predict(x, k)
-        image = student.decode(x0)
-
-        # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
-        seen = image.detach().clamp(0, 1).requires_grad_()
-        loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
-        loss.backward()
-        with torch.no_grad(), student.lora.disabled():
-            drift = x0 - student.predict(x, k)
-        pull = settings.anchor * 2 / x0.numel() * drift
-        torch.autograd.backward([image, x0], [seen.grad * student.gradient_scale, pull * student.gradient_scale])
+        passes = [one_pass(student, judge, objective, settings, rng) for _ in range(settings.accumulate)]
         for parameter in parameters:
             if parameter.grad is not None:  # some layers of the last block reach no pixel
-                parameter.grad /= student.gradient_scale
-
+                parameter.grad /= student.gradient_scale * settings.accumulate
+        loss, scores = (torch.stack(values).mean(dim=0) for values in list(zip(*passes))[:2])
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         if not torch.isfinite(norm) or (norm == 0 and loss > 0):
             raise RuntimeError(
@@ -115,8 +117,8 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         optimizer.zero_grad()
 
         run.loss.append(loss.item())
-        run.scores.append(scores.mean(dim=0).tolist())
-        on_step(run, image.detach())
+        run.scores.append(scores.tolist())
+        on_step(run, passes[-1][2])
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             run.checks.append(check(student, judge, objective, settings, step))
             if settings.check_every == 0 or min(run.checks[-1].scores) >= min(best.scores):
@@ -128,6 +130,31 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     if run.checks[-1] is not best:
         run.checks.append(best)
     return run
+
+
+def one_pass(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
+    """One batch of pictures, judged; adds ``gradient_scale`` times the loss's gradient to the LoRA's.
+
+    Returns:
+        Loss, mean P(wanted answer) [Q], pictures [B, 3, H, W], unclamped.
+    """
+    seed, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.prompts))
+    steps = settings.learned_steps(student.steps)
+    k = int(torch.randint(steps.start, steps.stop, (), generator=rng))
+    student.use_prompt(prompt)
+    x = student.roll(student.noise(TRAINING_SEEDS + seed), k)
+    x0 = student.predict(x, k)
+    image = student.decode(x0)
+
+    # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
+    seen = image.detach().clamp(0, 1).requires_grad_()
+    loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
+    loss.backward()
+    with torch.no_grad(), student.lora.disabled():
+        drift = x0 - student.predict(x, k)
+    pull = settings.anchor * 2 / x0.numel() * drift
+    torch.autograd.backward([image, x0], [seen.grad * student.gradient_scale, pull * student.gradient_scale])
+    return loss.detach(), scores.mean(dim=0), image.detach()
 
 
 def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:

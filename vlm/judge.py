@@ -12,6 +12,9 @@ from .prompts import PromptWriter
 from .question import Question
 
 
+SOME_SIDE = 64  # px; the tokens of an answer do not depend on the picture's size
+
+
 class Judge:
     """A frozen vision language model that says how likely it finds an answer.
 
@@ -39,6 +42,15 @@ class Judge:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Find out before any picture is drawn whether every answer can be scored.
+
+        Raises:
+            ValueError: an answer has no token.
+        """
+        for question in questions:
+            self.prompts.encode(question.text, question.answer, ((SOME_SIDE, SOME_SIDE),))
 
     def log_likelihood(self, images: Tensor | Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
         """Natural log of P(answer | pictures, question), the mean over the answer's tokens.

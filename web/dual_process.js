@@ -5,7 +5,8 @@ import { api } from "../../scripts/api.js";
 const TRAINER = "DualProcessTrainer";
 const WITH_TEXT = ["DualProcessAskJudge", "DualProcessJudgeScore", "DualProcessSaveLoRA"];
 const COLOURS = ["#7bd88f", "#5ad4e6", "#fce566", "#fc618d", "#948ae3", "#fd9353"];
-const CURVE_HEIGHT = 90;
+const CURVE_HEIGHT = 120;
+const SMOOTHED_STEPS = 8; // a step sees only a few pictures, its own score jumps
 const TEXT_HEIGHT = 60;
 
 function addPanel(node, name, height) {
@@ -30,21 +31,37 @@ function curve(points, steps, colour) {
   return line;
 }
 
+function smoothed(history, question) {
+  return history.map(({ step }, index) => {
+    const recent = history.slice(Math.max(0, index + 1 - SMOOTHED_STEPS), index + 1);
+    return [step, recent.reduce((sum, { scores }) => sum + scores[question], 0) / recent.length];
+  });
+}
+
 function drawCurves(element, history, steps) {
   const picture = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   picture.setAttribute("viewBox", "0 0 100 40");
   picture.setAttribute("preserveAspectRatio", "none");
-  picture.style.cssText = "width: 100%; height: 62px; background: #0004";
+  picture.style.cssText = "width: 100%; height: 70px; background: #0004";
   const legend = document.createElement("div");
   history[0].scores.forEach((_, question) => {
     const colour = COLOURS[question % COLOURS.length];
-    picture.append(curve(history.map(({ step, scores }) => [step, scores[question]]), steps, colour));
+    const points = smoothed(history, question);
+    picture.append(curve(points, steps, colour));
     const label = document.createElement("span");
     label.style.color = colour;
-    label.textContent = `question ${question + 1}: ${Math.round(100 * history.at(-1).scores[question])} %   `;
+    label.textContent = `question ${question + 1}: ${Math.round(100 * points.at(-1)[1])} %   `;
     legend.append(label);
   });
   element.replaceChildren(picture, legend);
+}
+
+function afterExecution(node, action) {
+  const original = node.onExecuted;
+  node.onExecuted = function (output) {
+    original?.apply(this, arguments);
+    action(output);
+  };
 }
 
 // The id of a node inside subgraphs is the path to it: "12:7".
@@ -72,13 +89,13 @@ app.registerExtension({
     api.addEventListener("dual_process.progress", onProgress);
   },
   nodeCreated(node) {
-    if (node.comfyClass === TRAINER) node.dualProcessCurve = addPanel(node, "judge", CURVE_HEIGHT);
+    if (node.comfyClass === TRAINER) {
+      node.dualProcessCurve = addPanel(node, "judge", CURVE_HEIGHT);
+      // The last live picture would hide the pictures before and after.
+      afterExecution(node, () => delete app.nodePreviewImages?.[node.id]);
+    }
     if (!WITH_TEXT.includes(node.comfyClass)) return;
     const panel = addPanel(node, "result", TEXT_HEIGHT);
-    const shown = node.onExecuted;
-    node.onExecuted = function (output) {
-      shown?.apply(this, arguments);
-      panel.textContent = (output?.text ?? []).join("\n");
-    };
+    afterExecution(node, (output) => (panel.textContent = (output?.text ?? []).join("\n")));
   },
 });
