@@ -73,9 +73,9 @@ def test_a_template_that_opens_answered_turns_with_more_than_it_prompts_with():
         "<|im_start|>{{ message.role }}\n",
         "<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}",
     )
-    prompt, answer = words(judge("Qwen2-VL", template=thinking), "Warm?", "Yes")
+    prompt, answer = words(judge("Qwen2-VL", template=thinking), "Warm?", "in")  # as in "think"
     assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
-    assert answer == ["Yes"]
+    assert answer == ["in"]
 
 
 def test_an_answer_that_repeats_the_question_is_found_behind_it():
@@ -100,7 +100,7 @@ def test_a_template_that_drops_answers_is_one_sentence():
         "{% for part in", "{% if message.role == 'user' %}{% for part in"
     )
     silent = silent.replace("{% endif %}{% endfor %}<|im_end|>", "{% endif %}{% endfor %}{% endif %}<|im_end|>")
-    with pytest.raises(ValueError, match='drops the answer "Yes"'):
+    with pytest.raises(ValueError, match="drops the assistant's answer"):
         words(judge("Qwen2-VL", template=silent), "Warm?", "Yes")
 
 

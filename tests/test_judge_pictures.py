@@ -7,6 +7,7 @@ import torch
 
 from dual_process.benchmarks.matrix_judges import picture
 from dual_process.tests import vlm_families
+from dual_process.vlm import shared
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
 from dual_process.vlm.ranking import rank, score_table
@@ -77,10 +78,23 @@ def test_half_precision_judges_hand_back_fp32_gradients():
     assert (half - scores).abs().max() < 0.2
 
 
-def test_sharing_falls_back_loudly(judges, caplog):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharing_falls_back_loudly_where_image_tokens_see_the_question(caplog, dtype):
     judge = vlm_families.judge("PaliGemma")
+    judge.model.to(dtype)
     judge.log_likelihood(picture(), [Question("Warm?"), Question("Is the line thick?")])
     assert "PaliGemma cannot share one look" in caplog.text
+    assert "the beginning of its prompt sees the end" in caplog.text
+
+
+def test_sharing_falls_back_loudly_where_the_cache_is_continued_wrongly(caplog, monkeypatch):
+    right = shared._continued
+    monkeypatch.setattr(shared, "_continued", lambda *arguments: right(*arguments) + 1)
+    judge = vlm_families.judge("Qwen2-VL")
+    asked = [Question("Warm?"), Question("Is the line thick?")]
+    scores = judge.log_likelihood(picture(), asked)
+    assert "Qwen2-VL cannot share one look" in caplog.text and "log-likelihoods differ by" in caplog.text
+    assert torch.equal(scores, torch.cat([judge.log_likelihood(picture(), [one]) for one in asked], dim=1))
 
 
 def test_answers_of_several_tokens_where_the_prompt_sees_them_are_one_sentence(judges):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .processing import ModelInputs, Size
 
+_PLACE = "\u00abanswer\u00bb"  # stands where the answer will be while the template is rendered
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -86,11 +88,11 @@ class PromptWriter:
         answer = answer.strip()
         if self.template:
             return prompt, answer
-        whole = self._chat(question, images, answer)
+        whole = self._chat(question, images, _PLACE)
         start = len(prompt) if whole.startswith(prompt) else common_length(prompt, whole)
-        found = whole.find(answer, start)
+        found = whole.find(_PLACE, start)
         if found < 0:
-            raise ValueError(f'The chat template of {self.name} drops the answer "{answer}": choose another wording.')
+            raise ValueError(f"The chat template of {self.name} drops the assistant's answer: choose another model.")
         lead = whole[start:found]
         if whole.startswith(prompt) and not lead.strip():
             return prompt, lead + answer
