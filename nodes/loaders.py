@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import comfy.model_management as mm
+import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..trainers.comfy_memory import ManagedJudge
-from ..vlm.loading import discover_judges, load_judge
+from ..vlm.download import download_judge, place_of
+from ..vlm.loading import ATTENTIONS, discover_adapters, discover_judges, load_judge
 from .types import CATEGORY, JudgeType
 
 PACK = Path(__file__).parent.parent
@@ -18,10 +20,47 @@ for kind in ("VLM", "LLM"):
 folder_paths.add_model_folder_path("checkpoints", str(PACK / "tiny" / "models"))
 
 
+NO_LORA = "none"
+BITS = {"none": None, "8-bit": 8, "4-bit": 4}
+
+
+def roots() -> list[Path]:
+    """The folders that judges and their LoRAs are looked for in."""
+    return [Path(path) for kind in ("VLM", "LLM") for path in folder_paths.get_folder_paths(kind)]
+
+
 def judges() -> dict[str, Path]:
     """Name -> folder of every judge in models/VLM and models/LLM, and the bundled one."""
-    roots = [Path(p) for kind in ("VLM", "LLM") for p in folder_paths.get_folder_paths(kind)]
-    return {**discover_judges(roots), BUNDLED_JUDGE: PACK / "tiny" / "judge"}
+    return {**discover_judges(roots()), BUNDLED_JUDGE: PACK / "tiny" / "judge"}
+
+
+def hub_judge(hub_id: str, download: bool) -> Path:
+    """Folder of a model of the Hub inside models/VLM, downloaded now if wished; Cancel stops that.
+
+    Raises:
+        ValueError: the id is none, or the model is not there and no download is wished.
+        ConnectionError: the download was cut off.
+    """
+    root = Path(folder_paths.models_dir) / "VLM"
+    folder = place_of(hub_id, root)
+    if not download and not folder.is_dir():
+        raise ValueError(f"{hub_id} is not in {folder}: tick download to fetch it from the Hugging Face Hub.")
+    if not download:
+        return folder
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return download_judge(hub_id, root, report)
+
+
+def below(found: dict[str, Path], name: str) -> tuple[Path, Path]:
+    """Folder of a listed model, and the models folder that nothing in it may link out of."""
+    if name not in found:
+        raise ValueError(f"There is no '{name}' in models/VLM or models/LLM (any more).")
+    return found[name], found[name].parents[name.count("/")]
 
 
 class JudgeLoader(io.ComfyNode):
@@ -46,18 +85,100 @@ class JudgeLoader(io.ComfyNode):
                     options=["auto", "float32", "bfloat16", "float16"],
                     tooltip="Precision of the judge's weights. auto: as stored; float32 on a CPU.",
                 ),
+                *_further_inputs(),
             ],
             outputs=[JudgeType.Output(display_name="judge", tooltip="Connect to a trainer or to Ask the Judge.")],
         )
 
     @classmethod
-    def execute(cls, judge, dtype):
-        found = judges()
-        if judge not in found:
-            raise ValueError(f"There is no judge '{judge}' in models/VLM or models/LLM (any more).")
+    def execute(
+        cls,
+        judge,
+        dtype,
+        attention="auto",
+        quantisation="none",
+        system_prompt="",
+        question_suffix="",
+        prompt_template="",
+        lora=NO_LORA,
+        hub_id="",
+        download=False,
+    ):
+        hub_id = hub_id.strip()
+        folder, root = below({hub_id: hub_judge(hub_id, download)} if hub_id else judges(), hub_id or judge)
+        adapter, adapter_root = (None, None) if lora == NO_LORA else below(discover_adapters(roots()), lora)
         on_cpu = mm.is_device_cpu(mm.get_torch_device())
-        precision = (torch.float32 if on_cpu else None) if dtype == "auto" else getattr(torch, dtype)
-        return io.NodeOutput(ManagedJudge(load_judge(found[judge], dtype=precision)))
+        loaded = load_judge(
+            folder,
+            dtype=(torch.float32 if on_cpu else None) if dtype == "auto" else getattr(torch, dtype),
+            attention=attention,
+            root=root,
+            system=system_prompt.strip(),
+            suffix=question_suffix.strip(),
+            template=prompt_template.strip(),
+            adapter=adapter,
+            adapter_root=adapter_root,
+            bits=BITS[quantisation],
+        )
+        return io.NodeOutput(ManagedJudge(loaded))
+
+
+def _further_inputs() -> list[io.Input]:
+    """What most users leave alone; all optional, so that workflows saved before these existed still run."""
+    return [
+        io.Combo.Input(
+            "attention",
+            options=list(ATTENTIONS),
+            default="auto",
+            optional=True,
+            tooltip="How attention is computed. auto: the fastest that the model and PyTorch have. "
+            "flash_attention_2 needs a GPU, 16-bit weights and the package flash-attn.",
+        ),
+        io.Combo.Input(
+            "quantisation",
+            options=list(BITS),
+            default="none",
+            optional=True,
+            tooltip="Weights in 8 or 4 bits: less memory, a little less exact. Needs the package bitsandbytes.",
+        ),
+        io.String.Input(
+            "system_prompt",
+            default="",
+            optional=True,
+            tooltip="What the judge is told before every question; empty for nothing.",
+        ),
+        io.String.Input(
+            "question_suffix",
+            default="",
+            optional=True,
+            tooltip="Added to the end of every question, for example: Answer with Yes or No.",
+        ),
+        io.String.Input(
+            "prompt_template",
+            default="",
+            optional=True,
+            tooltip="Only for models without a chat template: the whole prompt, with {image} and {question} in it.",
+        ),
+        io.Combo.Input(
+            "lora",
+            options=[NO_LORA, *discover_adapters(roots())],
+            default=NO_LORA,
+            optional=True,
+            tooltip="A LoRA for the judge (a PEFT folder inside models/VLM or models/LLM), merged into its weights.",
+        ),
+        io.String.Input(
+            "hub_id",
+            default="",
+            optional=True,
+            tooltip="Instead of judge: a model of the Hugging Face Hub, as owner/name, kept in models/VLM.",
+        ),
+        io.Boolean.Input(
+            "download",
+            default=False,
+            optional=True,
+            tooltip="Lets hub_id be downloaded into models/VLM. Without this tick nothing is ever downloaded.",
+        ),
+    ]
 
 
 class TinyTextEncoder(io.ComfyNode):

@@ -11,7 +11,13 @@ import torch
 
 from dual_process.tests import vlm_families
 from dual_process.vlm import download
-from dual_process.vlm.loading import JudgeFolderError, check_folder, discover_judges, load_judge
+from dual_process.vlm.loading import (
+    JudgeFolderError,
+    check_folder,
+    discover_adapters,
+    discover_judges,
+    load_judge,
+)
 from dual_process.vlm.question import Question
 
 
@@ -132,6 +138,30 @@ def test_remote_code_for_a_known_class_is_ignored(folder):
     load_judge(folder)
 
 
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation_internal"])
+@pytest.mark.parametrize("part", ["top", "text"])
+def test_kernels_from_the_hub_are_refused(folder, key, part):
+    named = {key: "someone/kernels"}
+    edit(folder / "config.json", **(named if part == "top" else {"text_config": named}))
+    refuse(folder, "config.json", "someone/kernels", key)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_without_its_package_is_one_sentence(folder, attention, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"{attention} needs the package flash_attn"):
+        load_judge(folder, attention=attention)
+
+
+def test_attention_is_as_chosen(folder):
+    chosen = {name: load_judge(folder, attention=name) for name in ("auto", "sdpa", "eager")}
+    used = {name: judge.model.config.text_config._attn_implementation for name, judge in chosen.items()}
+    assert used == {"auto": "sdpa", "sdpa": "sdpa", "eager": "eager"}
+    image = torch.rand(1, 3, 64, 64)
+    scores = torch.cat([judge.log_likelihood(image, [Question("Warm?")]) for judge in chosen.values()])
+    assert (scores - scores[0]).abs().max() < 1e-4
+
+
 def test_a_model_that_is_no_vlm(folder):
     edit(folder / "config.json", model_type="bert", architectures=["BertModel"])
     refuse(folder, "transformers cannot load")
@@ -212,7 +242,11 @@ def test_discovery_reads_configs_only(folder):
     (folder.parent / "text-only" / "config.json").write_text('{"model_type": "llama"}')
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "config.json").write_text("{")
-    assert set(discover_judges([folder.parent, folder.parent / "missing"])) == {"tiny", "owner/nested"}
+    (folder.parent / "owner" / "lora").mkdir()
+    (folder.parent / "owner" / "lora" / "adapter_config.json").write_text("{}")
+    roots = [folder.parent, folder.parent / "missing"]
+    assert set(discover_judges(roots)) == {"tiny", "owner/nested"}
+    assert set(discover_adapters(roots)) == {"owner/lora"}
 
 
 @pytest.mark.parametrize("hub_id", ["", "no-owner", "../../etc", "a/b/c", "https://x/y", "owner/.."])

@@ -10,6 +10,13 @@ from pathlib import Path
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
+def place_of(hub_id: str, root: Path) -> Path:
+    """The folder ``root/<owner>/<name>`` of a model of the Hub; raises ValueError when the id has another form."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id, re.ASCII):
+        raise ValueError(f'"{hub_id}" is no hub id: it has the form owner/name, such as Qwen/Qwen2.5-VL-7B-Instruct.')
+    return root.joinpath(*hub_id.split("/"))
+
+
 def download_judge(hub_id: str, root: Path, report: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """Download a model into ``root/<owner>/<name>``; what an interrupted download left there is continued.
 
@@ -29,9 +36,7 @@ def download_judge(hub_id: str, root: Path, report: Callable[[int, int], None] =
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id, re.ASCII):
-        raise ValueError(f'"{hub_id}" is no hub id: it has the form owner/name, such as Qwen/Qwen2.5-VL-7B-Instruct.')
-    folder = root.joinpath(*hub_id.split("/"))
+    folder = place_of(hub_id, root)
     bar = _reporting_bar(report)
     try:
         snapshot_download(

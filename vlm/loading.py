@@ -13,6 +13,8 @@ from .judge import Judge
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _CONFIGS = ("config.json", *_PROCESSOR, "tokenizer_config.json")
 
 
@@ -36,6 +38,15 @@ def discover_judges(roots: list[Path]) -> dict[str, Path]:
     return found
 
 
+def discover_adapters(roots: list[Path]) -> dict[str, Path]:
+    """Folders with a PEFT LoRA, one or two levels below the roots; returned as by ``discover_judges``."""
+    found: dict[str, Path] = {}
+    for root in roots:
+        for config in sorted((*root.glob(f"*/{_ADAPTER[0]}"), *root.glob(f"*/*/{_ADAPTER[0]}"))):
+            found.setdefault(config.parent.relative_to(root).as_posix(), config.parent)
+    return found
+
+
 def check_folder(folder: Path, root: Path | None = None) -> None:
     """Refuse a model folder that is incomplete, truncated or would run code, before anything of it is loaded.
 
@@ -54,9 +65,10 @@ def check_folder(folder: Path, root: Path | None = None) -> None:
         raise JudgeFolderError(f"{folder} has no {_PROCESSOR[1]}: download the model's processor files too.")
     if not any((folder / name).is_file() for name in _TOKENIZER):
         raise JudgeFolderError(f"{folder} has no tokenizer.json: download the model's tokenizer files too.")
-    if (folder / "adapter_config.json").is_file():
-        raise JudgeFolderError(f"{folder} has an adapter_config.json: keep a LoRA adapter in a folder of its own.")
+    if (folder / _ADAPTER[0]).is_file():
+        raise JudgeFolderError(f"{folder} has an {_ADAPTER[0]}: keep a LoRA adapter in a folder of its own.")
     _check_remote_code(folder, config)
+    _check_kernels(folder / "config.json", config)
     for weights in _weights(folder):
         _check_safetensors(weights)
 
@@ -64,12 +76,13 @@ def check_folder(folder: Path, root: Path | None = None) -> None:
 def load_judge(
     folder: Path,
     dtype: torch.dtype | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
     root: Path | None = None,
     system: str = "",
     suffix: str = "",
     template: str = "",
     adapter: Path | None = None,
+    adapter_root: Path | None = None,
     bits: int | None = None,
 ) -> Judge:
     """Load the model in ``folder`` as a judge, frozen, on the CPU (quantised: on the compute device).
@@ -77,24 +90,29 @@ def load_judge(
     Args:
         folder: a local Hugging Face model folder with safetensors weights, processor and tokenizer.
         dtype: of the weights; as stored when None.
-        attention: "sdpa" or "eager".
+        attention: one of ``ATTENTIONS``; "auto" is the model's best without further packages.
         root: the models folder that nothing in ``folder`` may link out of.
         system, suffix, template: see ``Judge``.
         adapter: folder of a PEFT LoRA for the judge, merged into its weights.
+        adapter_root: the folder that nothing in ``adapter`` may link out of.
         bits: 8 or 4 quantises through bitsandbytes; such a model cannot be moved afterwards.
 
     Raises:
         JudgeFolderError: a folder is refused or transformers cannot load it.
-        ImportError: bitsandbytes or peft is needed and not installed.
+        ImportError: bitsandbytes, peft or flash-attn is needed and not installed.
         ValueError: the model cannot be used as a judge.
     """
     from transformers import AutoModelForImageTextToText
 
     check_folder(folder, root)
     if adapter is not None:
-        check_adapter(adapter, root)
+        check_adapter(adapter, adapter_root)
+    if attention.startswith("flash"):
+        _check_flash(attention)
     local = {"local_files_only": True, "trust_remote_code": False}
-    options = {"dtype": dtype or "auto", "attn_implementation": attention, "use_safetensors": True, **local}
+    options = {"dtype": dtype or "auto", "use_safetensors": True, **local}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     if bits is not None:
         options["quantization_config"] = _quantisation(bits, dtype)
     try:
@@ -110,11 +128,11 @@ def load_judge(
 
 def check_adapter(folder: Path, root: Path | None = None) -> None:
     """Refuse a LoRA folder that is incomplete, truncated or a pickle; raises ``JudgeFolderError``."""
-    if not (folder / "adapter_config.json").is_file():
-        raise JudgeFolderError(f"{folder} is no LoRA folder: it has no adapter_config.json.")
+    config, weights = (folder / name for name in _ADAPTER)
+    if not config.is_file():
+        raise JudgeFolderError(f"{folder} is no LoRA folder: it has no {config.name}.")
     _check_links(folder, root or folder)
-    _read(folder / "adapter_config.json")
-    weights = folder / "adapter_model.safetensors"
+    _read(config)
     if not weights.is_file():
         raise JudgeFolderError(
             f"{folder} has no {weights.name}: save the LoRA as safetensors; pickles are never opened."
@@ -128,6 +146,13 @@ def _merged(model, adapter: Path):
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+
+
+def _check_flash(attention: str) -> None:
+    """Without its package transformers would fetch a replacement from the Hub, code that nobody asked for."""
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attention]
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{attention} needs the package {package}, which is not installed: choose sdpa.")
 
 
 def _quantisation(bits: int, dtype: torch.dtype | None):
@@ -195,6 +220,15 @@ def _check_remote_code(folder: Path, config: dict) -> None:
                 f"{folder / name} asks for code from the model folder (auto_map), which is never run: "
                 f'choose a model whose type transformers knows; it does not know "{config.get("model_type")}".'
             )
+
+
+def _check_kernels(path: Path, config: dict) -> None:
+    """A config may name a repository of the Hub whose compiled code computes its attention or its experts."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_kernels(path, value)
+        elif key.removesuffix("_internal").endswith("_implementation") and "/" in str(value):
+            raise JudgeFolderError(f'{path} asks for code from "{value}" ({key}), never run: delete that entry.')
 
 
 def _weights(folder: Path) -> list[Path]:
