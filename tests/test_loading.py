@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from dual_process.benchmarks.matrix_judges import gradient, together
 from dual_process.tests import vlm_families
 from dual_process.vlm import download
 from dual_process.vlm.loading import (
@@ -220,15 +221,23 @@ def test_a_pickled_lora_is_refused(folder, tmp_path):
         load_judge(folder, adapter=lora)
 
 
-def test_a_quantised_judge_hands_the_gradient_to_the_pixels(folder):
+def test_an_8_bit_judge_hands_the_gradient_to_the_pixels(folder):
     pytest.importorskip("bitsandbytes")
     image = torch.rand(1, 3, 64, 64, requires_grad=True)
     asked = [Question("Warm?"), Question("Is the line thick?")]
     gradients = []
-    for bits in (None, 8):
-        scores = load_judge(folder, dtype=torch.float32, bits=bits).log_likelihood(image, asked)
-        gradients.append(torch.autograd.grad(scores.sum(), image)[0].flatten())
+    for bits in (None, 8):  # 8 bits round activations too: the score is a staircase, so not by finite differences
+        judge = load_judge(folder, dtype=torch.float32, bits=bits)
+        gradients.append(torch.autograd.grad(judge.log_likelihood(image, asked).sum(), image)[0].flatten())
+        assert judge.look.shares
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_a_4_bit_judge_hands_the_gradient_to_the_pixels(folder):
+    pytest.importorskip("bitsandbytes")
+    judge = load_judge(folder, dtype=torch.float32, bits=4)
+    assert together(judge) < 0.05 and judge.look.shares
+    assert gradient(judge) < 0.01
 
 
 def test_only_8_and_4_bits(folder):
