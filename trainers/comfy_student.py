@@ -25,6 +25,7 @@ from torch import Tensor
 from .checkpointing import prepare_for_backward
 from .comfy_memory import gradients, load_for_training
 from .lora import LoRA, lora_targets
+from .lora_start import start_from
 
 Result = TypeVar("Result")
 KEY = "dual_process"
@@ -49,6 +50,7 @@ class ComfyStudent:
         cfg: classifier-free guidance scale.
         rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
         checkpointed: recompute blocks in backward; less memory, about a third more time.
+        start: tensors of a LoRA file to go on from, see ``lora_start.start_from``.
     Raises:
         ValueError: inputs that do not fit together, before anything is loaded.
     """
@@ -68,6 +70,7 @@ class ComfyStudent:
         seed: int = 0,
         targets: str = "",
         checkpointed: bool = True,
+        start: dict[str, Tensor] | None = None,
     ):
         if negative is None and cfg != 1.0:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
@@ -87,6 +90,8 @@ class ComfyStudent:
         with gradients():
             self.latent = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"].clone())
             self.lora = LoRA(lora_targets(self.model.model.diffusion_model, targets), rank, alpha, seed)
+            if start is not None:
+                start_from(self.lora, start, self.model.model)
 
     def _check_vae(self) -> None:
         wanted = self.model.get_model_object("latent_format").latent_channels

@@ -1,0 +1,59 @@
+"""Training that goes on from a LoRA file."""
+
+from __future__ import annotations
+
+import comfy.lora
+import comfy.lora_convert
+import torch
+from comfy.model_base import BaseModel
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from .lora import LoRA
+
+INSTEAD = "or put the file on the model with a LoRA loader: the trainer then learns a second LoRA on top of it."
+
+
+@torch.no_grad()
+def start_from(lora: LoRA, tensors: dict[str, Tensor], model: BaseModel) -> None:
+    """Give ``lora`` the values of a LoRA file: training starts with what the file does at strength 1.
+
+    Every naming is understood that ComfyUI's own loader understands for ``model``. Layers of ``lora`` that the file
+    lacks start without an update.
+
+    Args:
+        tensors: what the file holds: ``A`` [rank, in], ``B`` [out, rank], and perhaps an alpha, of each layer.
+    Raises:
+        ValueError: the file has layers that ``lora`` has not, another rank, another width, or is no plain LoRA.
+    """
+    names = comfy.lora.model_lora_keys_unet(model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(tensors), names, log_missing=False)
+    adapters = {f"diffusion_model.{path}.weight": adapter for path, adapter in zip(lora.paths, lora.adapters)}
+    strange = [key for key, patch in patches.items() if key not in adapters or not _is_plain(patch)]
+    read = set().union(*(patch.loaded_keys for patch in patches.values() if _is_plain(patch)))
+    _refuse_strange(strange or [key for key in tensors if key not in read])
+    for key, patch in patches.items():
+        up, down, alpha, *_ = patch.weights
+        adapter, rank = adapters[key], down.shape[0]
+        if rank != adapter.A.shape[0]:
+            raise ValueError(f"The LoRA to continue has rank {rank} in '{key}': set rank to {rank}, {INSTEAD}")
+        if up.shape != adapter.B.shape or down.shape != adapter.A.shape:
+            raise ValueError(
+                f"The LoRA to continue was made for another model: '{key}' takes {adapter.A.shape[1]} values to "
+                f"{adapter.B.shape[0]}, its update {down.shape[1]} to {up.shape[0]}."
+            )
+        scale = 1.0 if alpha is None else alpha / rank
+        adapter.A.copy_(down)
+        adapter.B.copy_(up.float() * (scale / adapter.scale))
+
+
+def _is_plain(patch) -> bool:
+    return isinstance(patch, LoRAAdapter) and all(extra is None for extra in patch.weights[3:])
+
+
+def _refuse_strange(names: list) -> None:
+    if names:
+        raise ValueError(
+            f"The LoRA to continue holds {len(names)} things that this training does not adapt, first '{names[0]}'. "
+            f"Widen the targets, {INSTEAD}"
+        )
