@@ -5,9 +5,15 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..vlm.judge import beside
 from ..vlm.ranking import rank, score_table
 from ..vlm.seen import seen_picture
 from .types import CATEGORY, JudgeType, QuestionsType
+
+REFERENCE = (
+    "Shown to the judge before each picture, for questions that compare: the reference is the first picture, the "
+    "picture itself the second. One for all, or one for each. Not every model takes two pictures."
+)
 
 
 class AskJudge(io.ComfyNode):
@@ -34,6 +40,7 @@ class AskJudge(io.ComfyNode):
                 io.Int.Input(
                     "max_tokens", default=64, min=1, max=1024, tooltip="The answer is cut after this many tokens."
                 ),
+                io.Image.Input("reference", optional=True, tooltip=REFERENCE),
             ],
             outputs=[
                 io.String.Output(display_name="answer", tooltip="The judge's answer; one line per picture of a batch."),
@@ -45,17 +52,17 @@ class AskJudge(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, judge, image, question, max_tokens):
+    def execute(cls, judge, image, question, max_tokens, reference=None):
         if not question.strip():
             raise ValueError("The question is empty: type what the judge is to be asked.")
         judge.load()
-        pictures = image[..., :3].movedim(-1, 1)
+        shown_at_once = beside(_channels_first(reference), _channels_first(image))
         answers, seen = [], []
-        progress = comfy.utils.ProgressBar(len(pictures))
-        for picture in pictures:
+        progress = comfy.utils.ProgressBar(len(shown_at_once))
+        for pictures in shown_at_once:
             mm.throw_exception_if_processing_interrupted()
-            answers.append(judge.judge.ask(picture, question, max_tokens))
-            seen.append(seen_picture(judge.judge.prompts.inputs, picture).movedim(0, -1).cpu())
+            answers.append(judge.judge.ask(pictures, question, max_tokens))
+            seen.append(seen_picture(judge.judge.prompts.inputs, pictures).movedim(0, -1).cpu())
             progress.update(1)
         text, shown = "\n".join(answers), torch.stack(seen)
         return io.NodeOutput(text, shown, ui={**ui.PreviewImage(shown, cls=cls).as_dict(), "text": (text,)})
@@ -78,6 +85,7 @@ class JudgeScore(io.ComfyNode):
                 io.Image.Input("images", tooltip="The pictures to compare, as one batch."),
                 QuestionsType.Input("questions", tooltip="What is asked about every picture, and the wanted answers."),
                 io.Int.Input("keep", default=1, min=1, max=4096, tooltip="How many of the best pictures to pick."),
+                io.Image.Input("reference", optional=True, tooltip=REFERENCE),
             ],
             outputs=[
                 io.Image.Output(display_name="best", tooltip="The best pictures, best first."),
@@ -92,7 +100,7 @@ class JudgeScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, judge, images, questions, keep):
+    def execute(cls, judge, images, questions, keep, reference=None):
         judge.load()
         progress = comfy.utils.ProgressBar(len(images))
 
@@ -100,9 +108,16 @@ class JudgeScore(io.ComfyNode):
             mm.throw_exception_if_processing_interrupted()
             progress.update(1)
 
-        order, scores, means = rank(judge.judge, images[..., :3].movedim(-1, 1), questions, after_each)
+        order, scores, means = rank(
+            judge.judge, _channels_first(images), questions, after_each, _channels_first(reference)
+        )
         table = score_table(order, scores, means, questions)
         ordered = images[order]
         best = ordered[:keep]
         shown = {**ui.PreviewImage(best, cls=cls).as_dict(), "text": (table,)}
         return io.NodeOutput(best, ordered, means[order[0]].item(), table, ui=shown)
+
+
+def _channels_first(images: torch.Tensor | None) -> torch.Tensor | None:
+    """ComfyUI's ``[B, H, W, C]`` as ``[B, 3, H, W]``; alpha is dropped."""
+    return None if images is None else images[..., :3].movedim(-1, 1)

@@ -65,6 +65,21 @@ def test_score_sorts_and_picks(nodes, managed):
     assert "Warm? -> Yes" in table
 
 
+def test_a_reference_goes_before_every_picture(comfy, nodes):
+    from dual_process.trainers.comfy_memory import ManagedJudge
+
+    ask, score = nodes
+    managed = ManagedJudge(vlm_families.judge("Qwen2-VL"))
+    images, reference = comfy_images(2), comfy_images(3)[2:]
+    pictures, before = images.movedim(-1, 1), reference.movedim(-1, 1)
+    text, seen = ask(judge=managed, image=images, question="Warmer?", max_tokens=3, reference=reference).result
+    assert text == "\n".join(managed.judge.ask([before, picture], "Warmer?", 3) for picture in pictures)
+    assert seen.shape[2] > seen.shape[1], "reference and picture are side by side"
+    asked = [Question("Is the second picture warmer?")]
+    best = score(judge=managed, images=images, questions=asked, keep=1, reference=reference).result[2]
+    assert best == pytest.approx(managed.judge.log_likelihood([before, pictures], asked).exp().max().item(), abs=1e-5)
+
+
 def test_a_judge_asked_in_a_node_still_trains(nodes, managed):
     nodes[0](judge=managed, image=comfy_images(1), question="Warm?", max_tokens=1)
     nodes[1](judge=managed, images=comfy_images(1), questions=[Question("Warm?")], keep=1)

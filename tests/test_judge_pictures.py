@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from dual_process.benchmarks.matrix_judges import picture
 from dual_process.tests import vlm_families
@@ -16,6 +17,10 @@ from dual_process.vlm.seen import seen_picture
 CHANGED = Question("Did the second picture get warmer?")
 SEVERAL = ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Idefics2", "Idefics3", "LLaVA", "LLaVA-NeXT", "LLaVA-OneVision"]
 SEVERAL += ["Gemma 3", "Mistral 3", "InternVL"]
+
+
+def blank() -> Image.Image:
+    return Image.new("RGB", (64, 40))
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +129,43 @@ def test_what_was_seen_is_what_was_normalised(judges, name, tiles):
         pytest.importorskip("num2words")
     judge = judges(name)
     image = picture((64, 64))[0]
-    seen = seen_picture(judge.prompts.inputs, image)
+    seen = seen_picture(judge.prompts.inputs, [image])
     side = seen.shape[1]
     assert seen.shape == (3, side, tiles * side + 4 * (tiles - 1))
     mean = seen[..., :side].mean(dim=(1, 2)) if tiles == 1 else image.mean(dim=(1, 2))
     assert torch.allclose(mean, image.mean(dim=(1, 2)), atol=0.02)
+
+
+def test_a_reference_is_seen_first_and_beside(judges):
+    before, after = picture((64, 64), 1), picture((64, 64), 2)
+    seen = seen_picture(judges("Idefics3").prompts.inputs, [before[0], after[0]])
+    assert seen.shape == (3, 64, 132)
+    assert torch.allclose(seen[..., :64], before[0], atol=0.02) and torch.allclose(seen[..., 68:], after[0], atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_ranking_beside_a_reference(judges, rows):
+    judge, asked = judges("Qwen2-VL"), [CHANGED]
+    reference, images = picture((40, 64), 3, rows=rows), picture(rows=2)
+    _, scores, _ = rank(judge, images, asked, lambda: None, reference)
+    expected = judge.log_likelihood([reference, images], asked).exp()
+    assert torch.allclose(scores, expected, atol=1e-5)
+    assert not torch.allclose(scores, judge.log_likelihood(images, asked).exp(), atol=1e-4)
+    with pytest.raises(ValueError, match="3 references for 2 pictures"):
+        rank(judge, images, asked, lambda: None, picture(rows=3))
+
+
+def test_ask_about_two_pictures(judges):
+    judge = judges("Qwen2-VL")
+    before, after = picture(seed=1), picture(seed=2)
+    with torch.no_grad():
+        inputs = judge.processor(
+            text=[judge.prompts.render("What changed?", 2)], images=[[blank(), blank()]], return_tensors="pt"
+        )
+        inputs |= judge.prompts.inputs.pixels([[before[0], after[0]]])
+        said = judge.model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    expected = judge.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert judge.ask([before, after], "What changed?", 4) == expected != ""
 
 
 def test_ranking_puts_the_best_first_and_stops_when_told(judges):

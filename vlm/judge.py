@@ -11,7 +11,6 @@ from .look import Look
 from .prompts import PromptWriter
 from .question import Question
 
-
 SOME_SIDE = 64  # px; the tokens of an answer do not depend on the picture's size
 
 
@@ -74,10 +73,21 @@ class Judge:
         return self.look(self._pixels(shown), prompts, shown[0].shape[0])
 
     @torch.no_grad()
-    def ask(self, image: Tensor, text: str, max_new_tokens: int = 64) -> str:
-        """The judge's own words: its greedy answer to ``text`` about ``image`` (``[3, H, W]`` or ``[1, 3, H, W]``)."""
-        shown = self._shown(image if image.ndim == 4 else image[None])
-        prompt = self.prompts.inputs.text(self.prompts.render(text, 1), [tuple(shown[0].shape[-2:])])
+    def ask(self, images: Tensor | Sequence[Tensor], text: str, max_new_tokens: int = 64) -> str:
+        """The judge's own words: its greedy answer to ``text``.
+
+        Args:
+            images: a picture, ``[3, H, W]`` or ``[1, 3, H, W]`` on the 0..1 scale, or several to show side by side.
+            text: what is asked.
+            max_new_tokens: the answer is cut after this many tokens.
+
+        Raises:
+            ValueError: the family does not take this many pictures.
+        """
+        pictures = [images] if isinstance(images, Tensor) else images
+        shown = self._shown([picture if picture.ndim == 4 else picture[None] for picture in pictures])
+        sizes = [tuple(batch.shape[-2:]) for batch in shown]
+        prompt = self.prompts.inputs.text(self.prompts.render(text, len(shown)), sizes)
         features = {**{key: value.to(self.device) for key, value in prompt.items()}, **self._pixels(shown)}
         tokens = self.model.generate(**features, do_sample=False, max_new_tokens=max_new_tokens)
         answer = tokens[0, prompt["input_ids"].shape[1] :]
@@ -94,3 +104,20 @@ class Judge:
         pixels = self.prompts.inputs.pixels(list(zip(*shown)))
         dtype = self.model.dtype
         return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in pixels.items()}
+
+
+def beside(reference: Tensor | None, pictures: Tensor) -> list[list[Tensor]]:
+    """What is shown at each picture ``[B, 3, H, W]``: its reference first, where there is one, then itself.
+
+    Args:
+        reference: ``[1, 3, h, w]`` for all pictures or ``[B, 3, h, w]``.
+        pictures: what is asked about.
+
+    Raises:
+        ValueError: there are neither one nor B references.
+    """
+    if reference is None:
+        return [[picture] for picture in pictures]
+    if len(reference) not in (1, len(pictures)):
+        raise ValueError(f"{len(reference)} references for {len(pictures)} pictures: connect one, or one for each.")
+    return [list(pair) for pair in zip(reference.expand(len(pictures), -1, -1, -1), pictures)]

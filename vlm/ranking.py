@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .judge import Judge
+from .judge import Judge, beside
 from .question import Question
 
 
 @torch.no_grad()
 def rank(
-    judge: Judge, pictures: Tensor, questions: Sequence[Question], after_each: Callable[[], None]
+    judge: Judge,
+    pictures: Tensor,
+    questions: Sequence[Question],
+    after_each: Callable[[], None],
+    reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score pictures one at a time, so that a large batch needs no more memory than one picture.
 
@@ -22,6 +26,7 @@ def rank(
         pictures: ``[B, 3, H, W]`` on the 0..1 scale.
         questions: what is asked; their weights weigh the mean.
         after_each: called after every picture; may raise to stop.
+        reference: shown before each picture; see ``beside``.
 
     Returns:
         order: ``[B]`` indices, best first; equal scores keep the batch's order.
@@ -29,8 +34,8 @@ def rank(
         means: ``[B]`` weighted mean of the scores.
     """
     rows = []
-    for picture in pictures:
-        rows.append(judge.log_likelihood(picture[None], questions).exp().cpu())
+    for shown in beside(reference, pictures):
+        rows.append(judge.log_likelihood([picture[None] for picture in shown], questions).exp().cpu())
         after_each()
     scores = torch.cat(rows)
     weights = torch.tensor([question.weight for question in questions])

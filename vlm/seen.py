@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -12,14 +14,14 @@ GAP = 4  # pixels of grey between the tiles of a picture that the processor cuts
 
 
 @torch.no_grad()
-def seen_picture(inputs: ModelInputs, picture: Tensor) -> Tensor:
-    """The resized picture, or its tiles side by side, exactly as handed to the processor's normalisation.
+def seen_picture(inputs: ModelInputs, pictures: Sequence[Tensor]) -> Tensor:
+    """The resized pictures, or their tiles, side by side, exactly as handed to the processor's normalisation.
 
-    A processor that normalises in a way of its own cannot be watched; then it is the picture as given.
+    A processor that normalises in a way of its own cannot be watched; then it is the pictures as given.
 
     Args:
         inputs: of the judge that looks.
-        picture: ``[3, H, W]`` on the 0..1 scale.
+        pictures: shown at once, each ``[3, H, W]`` on the 0..1 scale.
 
     Returns:
         ``[3, h, w]`` on the 0..1 scale.
@@ -27,7 +29,7 @@ def seen_picture(inputs: ModelInputs, picture: Tensor) -> Tensor:
     processor = inputs.processor.image_processor
     normalise = getattr(processor, "rescale_and_normalize", None)
     if normalise is None:
-        return picture.float().clamp(0, 1)
+        return _side_by_side(pictures)
     tiles: list[Tensor] = []
 
     def noted(images: Tensor, *args, **kwargs):
@@ -36,13 +38,13 @@ def seen_picture(inputs: ModelInputs, picture: Tensor) -> Tensor:
 
     processor.rescale_and_normalize = noted
     try:
-        inputs.pixels([[picture]])
+        inputs.pixels([pictures])
     finally:
         del processor.rescale_and_normalize
-    return _side_by_side(tiles or [picture])
+    return _side_by_side(tiles or pictures)
 
 
-def _side_by_side(tiles: list[Tensor]) -> Tensor:
+def _side_by_side(tiles: Sequence[Tensor]) -> Tensor:
     height = max(tile.shape[-2] for tile in tiles)
     widened = [
         pad(tile.float().clamp(0, 1), [0, GAP * (i < len(tiles) - 1), 0, height - tile.shape[-2]], value=0.5)
