@@ -44,7 +44,8 @@ def save_lora(lora: dict[str, Tensor], path: Path) -> None:
     """Write ``lora`` (a ``TrainedLoRA`` with its metadata, or any dict of tensors) to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
-    save_file(tensors, path, metadata={"format": "pt", **getattr(lora, "metadata", {})})
+    header = {"format": "pt", **getattr(lora, "metadata", {}), "ss_output_name": path.stem}
+    save_file(tensors, path, metadata=header)
 
 
 def describe(run: Run, objective: Objective, settings: Settings, judge: str, rank: int) -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""What a LoRA file says about itself: to people, to programs that sort LoRAs, and to whoever wants to make it again."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+
+from .dual_process import Run, Settings
+from .lora_file import VERSION
+from .objective import Objective
+
+COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
+
+# ComfyUI's model class -> ss_base_model_version as kohya's sd-scripts write it, modelspec.architecture by ModelSpec.
+BASES = {
+    "SD15": ("sd_v1", "stable-diffusion-v1"),
+    "SD20": ("sd_v2", "stable-diffusion-v2-512"),
+    "SDXL": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    "SD3": ("sd3", "stable-diffusion-3"),
+    "Flux": ("flux1", "flux-1-dev"),
+    "FluxSchnell": ("flux1", "flux-1-schnell"),
+    "Chroma": ("chroma", "chroma"),
+    "Lumina2": ("lumina2", "lumina-2"),
+}
+
+
+def metadata(run: Run, objective: Objective, settings: Settings, judge: str, student) -> dict[str, str]:
+    """The header of a trained LoRA's file: ``modelspec.*``, kohya's ``ss_*``, and the story as ``dual_process``.
+
+    ``save_lora`` adds the file's own name to it.
+
+    Args:
+        run: of a student that drew at least one check.
+        judge: its name.
+        student: the ``ComfyStudent`` that was trained.
+    """
+    adapter = student.lora.adapters[0]
+    rank = adapter.A.shape[0]
+    model_class = type(student.model.model.model_config).__name__
+    base, architecture = BASES.get(model_class, (model_class.lower(), model_class.lower()))
+    title = "; ".join(f"{question.text} {question.answer}" for question in objective.questions)
+    height, width = run.checks[-1].pictures.shape[-2:]
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": COMFYUI,
+        "modelspec.title": title,
+        "modelspec.description": f"Learned from a vision language model's answers, without pictures: {title}",
+        "modelspec.usage_hint": "No trigger word. Strength 1 is what was trained.",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.resolution": f"{width}x{height}",
+        "ss_base_model_version": base,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),  # the file's update has alpha / rank folded in
+        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_learning_rate": str(settings.learning_rate),
+        "ss_lr_scheduler": "constant",
+        "ss_max_grad_norm": str(settings.clip),
+        "ss_batch_size_per_device": str(student.latent.shape[0]),
+        "ss_gradient_accumulation_steps": str(settings.accumulate),
+        "ss_gradient_checkpointing": str(student.checkpointed),
+        "ss_max_train_steps": str(settings.steps),
+        "ss_steps": str(len(run.loss)),
+        "ss_seed": str(settings.seed),
+        "ss_resolution": f"({width}, {height})",
+        "ss_training_finished_at": str(time.time()),
+        "ss_training_comment": title,
+        "dual_process": json.dumps(_story(run, objective, settings, judge, student, adapter.scale * rank)),
+    }
+
+
+def _story(run: Run, objective: Objective, settings: Settings, judge: str, student, alpha: float) -> dict:
+    """Everything that is known about how the LoRA came to be. Prompts reach ComfyUI's trainer nodes already encoded, so
+    only their number is known."""
+    return {
+        "version": VERSION,
+        "questions": [asdict(question) for question in objective.questions],
+        "objective": objective.kind,
+        "margin": objective.margin,
+        "judge": judge,
+        "model": type(student.model.model.model_config).__name__,
+        "prompts": student.prompts,
+        "sampler_steps": student.steps,
+        "sigmas": student.sigmas.tolist(),
+        "cfg": student.cfg,
+        "alpha": alpha,
+        "layers": len(student.lora.paths),
+        "settings": asdict(settings),
+        "steps_done": len(run.loss),
+        "stopped": run.stopped,
+        "held_out_scores_before": run.checks[0].scores,
+        "held_out_scores_after": run.checks[-1].scores,
+    }
