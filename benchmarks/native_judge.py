@@ -5,7 +5,7 @@
 Builds ComfyUI's own Qwen3-VL tiny and random, asks for the log-likelihood of an answer, and compares autograd with
 finite differences at the pixels. What was found on ComfyUI 0.33.0: the logits are there and the pictures stay attached
 to their graph, but core's transformer block adds its residual with ``out=``, which autograd refuses. With that one
-addition made out of place the gradient is right. ComfyUI 0.3.75 has no Qwen3-VL.
+addition made out of place the gradient is right; the node Judge from CLIP does so. ComfyUI 0.3.75 has no Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -17,21 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dual_process.demo.comfyui import comfyui_folder, use_comfyui
+from dual_process.vlm.native import AddOutOfPlace
 
 QUESTION, ANSWER_TOKEN = "Is the line thick?", 9454  # "Yes" in Qwen's vocabulary
-
-
-class AddOutOfPlace(TorchFunctionMode):
-    """Inside the block ``torch.add(a, b, out=c)`` returns a new tensor and leaves ``c`` alone."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function is torch.add:
-            kwargs.pop("out", None)
-        return function(*args, **kwargs)
 
 
 def tiny_qwen3_vl() -> tuple[torch.nn.Module, object]:

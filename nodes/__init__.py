@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .judge import AskJudge, JudgeScore
 from .loaders import JudgeLoader, TinyTextEncoder
 from .lora import ApplyLoRA, SaveLoRA
+from .native import native_nodes
 from .question import AskQuestion, MorePrompts
 from .trainer import Trainer
 
@@ -23,4 +24,5 @@ class DualProcessExtension(ComfyExtension):
             AskJudge,
             JudgeScore,
             TinyTextEncoder,
+            *native_nodes(),
         ]

@@ -7,7 +7,6 @@ from comfy_api.latest import io, ui
 
 from ..vlm.judge import beside
 from ..vlm.ranking import rank, score_table
-from ..vlm.seen import seen_picture
 from .types import CATEGORY, JudgeType, QuestionsType
 
 REFERENCE = (
@@ -62,7 +61,7 @@ class AskJudge(io.ComfyNode):
         for pictures in shown_at_once:
             mm.throw_exception_if_processing_interrupted()
             answers.append(judge.judge.ask(pictures, question, max_tokens))
-            seen.append(seen_picture(judge.judge.prompts.inputs, pictures).movedim(0, -1).cpu())
+            seen.append(judge.judge.seen(pictures).movedim(0, -1).cpu())
             progress.update(1)
         text, shown = "\n".join(answers), torch.stack(seen)
         return io.NodeOutput(text, shown, ui={**ui.PreviewImage(shown, cls=cls).as_dict(), "text": (text,)})

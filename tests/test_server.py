@@ -75,7 +75,7 @@ def pixels(client, outputs, graph):
 
 def test_all_nodes_are_there_and_explain_themselves(object_info):
     ours = {name: info for name, info in object_info.items() if name.startswith("DualProcess")}
-    assert set(ours) == NODE_IDS
+    assert set(ours) - {"DualProcessJudgeFromClip"} == NODE_IDS  # that one depends on ComfyUI's core
     for name, info in ours.items():
         assert info["description"] and info["category"].startswith("dual process"), name
         inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}

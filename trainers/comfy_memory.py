@@ -14,14 +14,19 @@ class ManagedJudge:
     """A judge whose weights ComfyUI loads, evicts and reloads like those of any model.
 
     Args:
-        judge: a ``vlm.judge.Judge`` with its weights on the CPU.
+        judge: a ``vlm.judge.Judge`` with its weights on the CPU, or a ``vlm.native.NativeJudge``.
+        patcher: what ComfyUI already manages the judge's weights with; made here when None.
     """
 
-    def __init__(self, judge):
+    def __init__(self, judge, patcher: ModelPatcher | None = None):
+        self.judge = judge
+        self.patcher = patcher or self._new_patcher(judge)
+
+    @staticmethod
+    def _new_patcher(judge) -> ModelPatcher:
         holder = nn.Module()  # ModelPatcher sets .device on what it wraps; a transformers model forbids that
         holder.vlm = judge.model
-        self.judge = judge
-        self.patcher = ModelPatcher(holder, mm.get_torch_device(), mm.text_encoder_offload_device())
+        return ModelPatcher(holder, mm.get_torch_device(), mm.text_encoder_offload_device())
 
     def load(self) -> None:
         """Bring the judge to the compute device."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from .look import Look
 from .prompts import PromptWriter
 from .question import Question
+from .seen import seen_picture
 
 SOME_SIDE = 64  # px; the tokens of an answer do not depend on the picture's size
 
@@ -92,6 +93,10 @@ class Judge:
         tokens = self.model.generate(**features, do_sample=False, max_new_tokens=max_new_tokens)
         answer = tokens[0, prompt["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    def seen(self, pictures: Sequence[Tensor]) -> Tensor:
+        """What the model is shown of pictures ``[3, H, W]`` at once, as one picture; see ``seen_picture``."""
+        return seen_picture(self.prompts.inputs, pictures)
 
     def _shown(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """The pictures as batches of one length on the judge's device."""

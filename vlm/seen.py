@@ -29,7 +29,7 @@ def seen_picture(inputs: ModelInputs, pictures: Sequence[Tensor]) -> Tensor:
     processor = inputs.processor.image_processor
     normalise = getattr(processor, "rescale_and_normalize", None)
     if normalise is None:
-        return _side_by_side(pictures)
+        return side_by_side(pictures)
     tiles: list[Tensor] = []
 
     def noted(images: Tensor, *args, **kwargs):
@@ -41,10 +41,11 @@ def seen_picture(inputs: ModelInputs, pictures: Sequence[Tensor]) -> Tensor:
         inputs.pixels([pictures])
     finally:
         del processor.rescale_and_normalize
-    return _side_by_side(tiles or pictures)
+    return side_by_side(tiles or pictures)
 
 
-def _side_by_side(tiles: Sequence[Tensor]) -> Tensor:
+def side_by_side(tiles: Sequence[Tensor]) -> Tensor:
+    """Pictures ``[3, h, w]`` beside each other, clamped to 0..1, grey between and below them."""
     height = max(tile.shape[-2] for tile in tiles)
     widened = [
         pad(tile.float().clamp(0, 1), [0, GAP * (i < len(tiles) - 1), 0, height - tile.shape[-2]], value=0.5)
