@@ -7,10 +7,12 @@ import folder_paths
 from comfy_api.latest import io
 from safetensors.torch import load_file
 
+from ..trainers.diffusers_lora import to_diffusers
 from ..trainers.lora_file import new_lora_path, save_lora
 from .types import CATEGORY, LoRAType
 
 FROM_TRAINER = "(the connected LoRA)"
+COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -70,15 +72,22 @@ class SaveLoRA(io.ComfyNode):
                     default="dual_process/control",
                     tooltip="Folder and beginning of the name inside models/loras; a number is added.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=[COMFYUI, DIFFUSERS],
+                    default=COMFYUI,
+                    optional=True,
+                    tooltip="ComfyUI for use in ComfyUI; diffusers for load_lora_weights of a diffusers pipeline.",
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="The name LoRA loaders list it under.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix):
+    def execute(cls, lora, filename_prefix, format=COMFYUI):
         root = Path(folder_paths.get_folder_paths("loras")[0])
         path = new_lora_path(root, filename_prefix)
-        save_lora(lora, path)
+        save_lora(to_diffusers(lora) if format == DIFFUSERS else lora, path)
         name = path.relative_to(root).as_posix()
         return io.NodeOutput(name, ui={"text": [f"Saved as {name}"]})

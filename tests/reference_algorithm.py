@@ -18,6 +18,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
 WEIGHT = 5.0  # of the adapter in training and use
@@ -33,15 +34,24 @@ def diffusers_flux(weights: dict[str, Tensor], key_map: dict, heads: int, head: 
     """A diffusers FLUX with a ComfyUI FLUX's weights.
 
     Args:
-        weights: ComfyUI's state dict of the diffusion model.
-        key_map: diffusers key -> ComfyUI key, or (key, (dimension, offset, size)) or (key, _, inverse of a function).
+        weights, key_map: see ``fill``.
         heads, head, axes: number of attention heads, their width, and the axes of the rotary embedding.
     """
     transformer = FluxTransformer2DModel(
         in_channels=64, num_attention_heads=heads, attention_head_dim=head, axes_dims_rope=axes, **config
     )
+    return fill(transformer, weights, key_map)
+
+
+def fill(model: Module, weights: dict[str, Tensor], key_map: dict):
+    """Give a diffusers model a ComfyUI model's weights, and freeze it.
+
+    Args:
+        weights: ComfyUI's state dict of the diffusion model.
+        key_map: diffusers key -> ComfyUI key, or (key, (dimension, offset, size)) or (key, _, inverse of a function).
+    """
     state = {}
-    for key in transformer.state_dict():
+    for key in model.state_dict():
         source = key_map[key]
         if isinstance(source, str):
             state[key] = weights[source]
@@ -50,8 +60,8 @@ def diffusers_flux(weights: dict[str, Tensor], key_map: dict, heads: int, head: 
         if source[1] is not None:
             tensor = tensor.narrow(*source[1])
         state[key] = source[2](tensor) if len(source) > 2 else tensor
-    transformer.load_state_dict({key: tensor.clone() for key, tensor in state.items()})
-    return transformer.requires_grad_(False)
+    model.load_state_dict({key: tensor.clone() for key, tensor in state.items()})
+    return model.requires_grad_(False)
 
 
 def add_lora(transformer: FluxTransformer2DModel, rank: int) -> None:

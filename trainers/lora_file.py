@@ -17,11 +17,13 @@ VERSION = "0.1.0"
 
 
 class TrainedLoRA(dict[str, Tensor]):
-    """Core's LORA_MODEL (tensors by file key) that remembers its ``metadata`` (text by text, safetensors header)."""
+    """Core's LORA_MODEL (tensors by file key) that remembers its ``metadata`` (text by text, safetensors header), and
+    its layers' ``diffusers_names`` (see ``diffusers_lora``)."""
 
-    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str], diffusers_names: dict | None = None):
         super().__init__(tensors)
         self.metadata = metadata
+        self.diffusers_names = diffusers_names or {}
 
 
 def new_lora_path(root: Path, prefix: str) -> Path:
