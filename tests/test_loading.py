@@ -11,7 +11,6 @@ import torch
 
 from dual_process.benchmarks.matrix_judges import gradient, together
 from dual_process.tests import vlm_families
-from dual_process.vlm import download
 from dual_process.vlm.loading import (
     JudgeFolderError,
     check_folder,
@@ -256,34 +255,3 @@ def test_discovery_reads_configs_only(folder):
     roots = [folder.parent, folder.parent / "missing"]
     assert set(discover_judges(roots)) == {"tiny", "owner/nested"}
     assert set(discover_adapters(roots)) == {"owner/lora"}
-
-
-@pytest.mark.parametrize("hub_id", ["", "no-owner", "../../etc", "a/b/c", "https://x/y", "owner/.."])
-def test_only_hub_ids_are_downloaded(hub_id, tmp_path):
-    with pytest.raises(ValueError, match="no hub id"):
-        download.download_judge(hub_id, tmp_path)
-
-
-def test_no_connection_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="owner/name could not be downloaded .* check the connection"):
-        download.download_judge("owner/name", tmp_path)
-
-
-def test_a_download_reports_and_can_be_stopped(tmp_path, monkeypatch):
-    def fake(hub_id, local_dir, tqdm_class, **_):
-        with tqdm_class(total=10, unit="B", desc="bytes") as bar:
-            for _ in range(5):
-                bar.update(2)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
-    seen = []
-    folder = download.download_judge("owner/name", tmp_path, lambda done, total: seen.append((done, total)))
-    assert folder == tmp_path / "owner" / "name"
-    assert seen[-1] == (10, 10) and len(seen) == 5
-
-    def stop(done, total):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        download.download_judge("owner/name", tmp_path, stop)
