@@ -62,7 +62,7 @@ class TrainingBar:
 def training_graph(client: ComfyClient, text: str, arguments: argparse.Namespace) -> Graph:
     """The template in API form, asking for what the command line asks for."""
     graph = to_api(template(TEMPLATE), client.get_json("/object_info"))
-    (question,) = nodes_of(graph, "DualProcessQuestion")
+    question, _what_has_to_stay = nodes_of(graph, "DualProcessQuestion")
     (trainer,) = nodes_of(graph, "DualProcessTrainer")
     graph[question]["inputs"] |= {"text": text, "answer": arguments.answer}
     graph[trainer]["inputs"]["seed"] = arguments.seed

@@ -68,9 +68,9 @@ def drawing_only(graph, seed):
 
 
 def pixels(client, outputs, graph):
-    """The bytes of the picture shown by the graph's first PreviewImage."""
-    (shown,) = outputs[nodes_of(graph, "PreviewImage")[0]]["images"]
-    return Image.open(io.BytesIO(client.picture(shown))).convert("RGB").tobytes()
+    """The bytes of the pictures shown by the graph's first PreviewImage."""
+    shown = outputs[nodes_of(graph, "PreviewImage")[0]]["images"]
+    return [Image.open(io.BytesIO(client.picture(one))).convert("RGB").tobytes() for one in shown]
 
 
 def test_all_nodes_are_there_and_explain_themselves(object_info):
@@ -158,6 +158,16 @@ def test_bad_input_gets_one_clear_sentence(client, teach, node, change, sentence
     graph = teach(seed=51)
     graph[nodes_of(graph, node)[0]]["inputs"] |= change
     with pytest.raises(PromptFailed, match=sentence):
+        client.run(graph)
+
+
+def test_a_folder_that_is_no_judge_is_named(client, server, teach):
+    folder = server.base / "models" / "VLM" / "only-a-config"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "idefics3", "architectures": ["Idefics3Model"]}')
+    graph = teach(seed=52)
+    graph[nodes_of(graph, "DualProcessJudgeLoader")[0]]["inputs"]["judge"] = "only-a-config"
+    with pytest.raises(PromptFailed, match="only-a-config"):
         client.run(graph)
 
 

@@ -68,7 +68,8 @@ def test_oracles_refuse_ruins(name):
     generator = torch.Generator().manual_seed(2)
     _, images = some_scenes(96, seed=3)
     ruined = torch.cat([pictures.RUINS[name](part, generator) for part in images.split(8)])
-    allowed = 0.2 if name == "ghosts" else 0.03  # a piece of a picture that happens to look alike ruins nothing
+    may_hide = ("ghosts", "many_suns", "second_line")  # what falls onto its like ruins nothing
+    allowed = 0.2 if name in may_hide else 0.03
     assert oracles.measure(ruined)["readable"].float().mean() <= allowed
 
 

@@ -25,6 +25,7 @@ from .training import Average, descend, learning_rate
 log = logging.getLogger(__name__)
 
 LOOK_STEPS, STEPS, FINISH_STEPS, SCENES, ASKED, PEAK_RATE = 400, 1800, 1200, 32, 3, 1.5e-3
+ATTACK = 2.0  # L2 distance over all channels and pixels
 EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 3.0, 5.5, -5.0  # wanted log-odds at the gap's edge, at the far end, of a ruin
 
 
@@ -114,11 +115,17 @@ class Pictures:
     def _pick(self, choices: dict[str, Ruin]) -> Ruin:
         return list(choices.values())[int(torch.randint(0, len(choices), (), generator=self.generator))]
 
+    def _render(self, u: Tensor) -> Tensor:
+        """Scenes whose sun stands anywhere in the sky: it must not tell where the horizon is."""
+        a = scenes.attributes(u)
+        a["sun_y"] = (0.1 + 0.8 * torch.rand(len(u), generator=self.generator)).to(u)
+        return scenes.draw(a)
+
     def next(self, count: int = SCENES) -> tuple[Tensor, Tensor, Tensor]:
         """(pictures [B, 3, 64, 64] in about 0..1, u [B, 8], ruined [B])"""
         g = self.generator
         u = torch.rand(count, len(scenes.FACTORS), generator=g).to(self.device)
-        images = scenes.render(u)
+        images = self._render(u)
         if self.pool is not None:
             rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=g).to(self.device)
             u[::2], images[::2] = self.pool[0][rows], self.pool[1][rows]
@@ -145,6 +152,25 @@ def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tenso
     graded = -(yes * answer[..., ids["yes"]] + (1 - yes) * answer[..., ids["no"]]).mean()
     stop = nn.functional.cross_entropy(logits[:, :, 1].flatten(0, 1), torch.full_like(last.flatten(), ids["end"]))
     return graded + 0.1 * stop, answer[..., ids["yes"]] - answer[..., ids["no"]], odds
+
+
+def attacked(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
+             ids: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch with half of its pictures moved where the judge errs most, by an L2 distance of 0 to `ATTACK`.
+
+    A judge that holds out against this (Madry et al., arXiv 1706.06083) has gradients that move a picture as a whole; a
+    second sun is an L2 distance of 4, a horizon moved by 10 px one of 13.
+    """
+    images, u, ruined = batch
+    rows = slice(1, None, 2)
+    moved = images[rows].clone().requires_grad_()
+    loss, _, _ = _loss(model, prompts, (moved, u[rows], ruined[rows]), asked[rows], ids)
+    (gradient,) = torch.autograd.grad(loss, moved)
+    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
+    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+    images = images.clone()
+    images[rows] = (images[rows] + step).clamp(0, 1)
+    return images, u, ruined
 
 
 def learn_to_look(model: nn.Module, pictures: Pictures, steps: int) -> None:
@@ -195,7 +221,7 @@ def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder
                     finish: bool = False) -> None:
     """Train the whole model on questions; writes its averaged weights to ``folder`` every now and then.
 
-    ``finish``: it already answers; all wordings from the start, at half the learning rate.
+    ``finish``: it already answers; all wordings from the start, at half the learning rate, under attack.
     """
     device = pictures.device
     prompts, ids = Prompts(processor, device), answer_ids(processor)
@@ -208,6 +234,8 @@ def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder
         asked = torch.multinomial(weights, SCENES * ASKED, True, generator=pictures.generator).view(SCENES, ASKED)
         batch = pictures.next()
         with torch.autocast(device, torch.bfloat16):
+            if finish:
+                batch = attacked(model, prompts, batch, asked.to(device), ids, pictures.generator)
             loss, odds, wanted = _loss(model, prompts, batch, asked.to(device), ids)
         descend(loss, parameters, optimiser, learning_rate(step, steps, PEAK_RATE * (0.5 if finish else 1)))
         average.update(model)

@@ -159,7 +159,7 @@ def blend(images: Tensor, g: torch.Generator) -> Tensor:
 def huge_strokes(images: Tensor, g: torch.Generator) -> Tensor:
     """A scene whose lines are far thicker than any line."""
     a = scenes.attributes(torch.rand(len(images), 8, generator=g))
-    a["line"] = _uniform(g, len(images), 7.5, 18).flatten()
+    a["line"] = a["horizon_line"] = _uniform(g, len(images), 7.5, 18).flatten()
     return scenes.draw(a, images.shape[-1]).to(images.device)
 
 
@@ -215,25 +215,45 @@ def ghosts(images: Tensor, g: torch.Generator) -> Tensor:
 
 
 def many_suns(images: Tensor, g: torch.Generator) -> Tensor:
-    """Two or three more suns."""
+    """One to three more suns, some of them faint."""
     rows, columns = _grid(images)
     count, result = len(images), images
-    height = _uniform(g, count, 0.08, 0.4).to(images.device)
-    start = _uniform(g, count, 0.08, 0.4).to(images.device)
+    height, start, strength = (_uniform(g, count, *span).to(images.device)
+                               for span in ((0.06, 0.45), (0.08, 0.4), (0.6, 1.1)))
     for k in range(3):
-        y = height + _uniform(g, count, -0.03, 0.03).to(images.device)
+        y = height + _uniform(g, count, -0.06, 0.06).to(images.device)
         x = start + k * _uniform(g, count, 0.15, 0.27).to(images.device)
         distance = ((rows - y) ** 2 + (columns - x) ** 2).sqrt() * 64
-        shown = (torch.rand(count, 1, 1, 1, generator=g) < (1.0, 1.0, 0.5)[k]).to(images)
-        disc = 0.4 * torch.exp(-distance / 7) + 0.5 * (4.5 - distance).clamp(0, 1)
+        shown = (torch.rand(count, 1, 1, 1, generator=g) < (1.0, 0.6, 0.4)[k]).to(images)
+        size = _uniform(g, count, 3.5, 5.0).to(images.device)
+        disc = (strength * (0.4 * torch.exp(-distance / 7) + 0.5 * (size - distance).clamp(0, 1))).clamp(max=1)
         result = result + shown * disc * (torch.ones_like(result) - result)
     return result
+
+
+def second_line(images: Tensor, g: torch.Generator) -> Tensor:
+    """A second horizon line, thin or thick, across the picture or only part of it, dark or half faded."""
+    rows, columns = _grid(images)
+    count, side = len(images), images.shape[-1]
+    centre, stroke, strength, start, length, slope = (
+        _uniform(g, count, *span).to(images.device)
+        for span in ((0.08, 0.92), (1.2, 4.5), (0.6, 1.0), (-0.6, 0.4), (0.6, 1.6), (-0.06, 0.06)))
+    across = ((columns - start) * 12).clamp(0, 1) * ((start + length - columns) * 12).clamp(0, 1)
+    ink = (stroke / 2 - (rows - centre - slope * (columns - 0.5)).abs() * side + 0.5).clamp(0, 1) * across * strength
+    return images + ink * (0.08 - images)
+
+
+def no_line(images: Tensor, g: torch.Generator) -> Tensor:
+    """A scene whose horizon line is missing or fades away; the balls keep their ink."""
+    a = scenes.attributes(torch.rand(len(images), 8, generator=g))
+    line = _uniform(g, len(images), -1.0, 0.3).flatten()
+    return scenes.draw({**a, "horizon_line": line}, images.shape[-1]).to(images.device)
 
 
 def missing_ink(images: Tensor, g: torch.Generator) -> Tensor:
     """A scene without lines."""
     a = scenes.attributes(torch.rand(len(images), 8, generator=g))
-    a["line"] = _uniform(g, len(images), -1.0, 0.3).flatten()
+    a["line"] = a["horizon_line"] = _uniform(g, len(images), -1.0, 0.3).flatten()
     return scenes.draw(a, images.shape[-1]).to(images.device)
 
 
@@ -253,5 +273,5 @@ def shuffled(images: Tensor, g: torch.Generator) -> Tensor:
 RUINS: dict[str, Ruin] = {
     ruin.__name__: ruin for ruin in (ladder, extra_horizons, blobs, bands, near_black, burnt, pure_noise, blend,
                                      huge_strokes, colour_flood, missing_balls, missing_ink, ink_flood, stains,
-                                     ghosts, many_suns, melted, shuffled)
+                                     ghosts, many_suns, second_line, no_line, melted, shuffled)
 }

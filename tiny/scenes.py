@@ -45,17 +45,21 @@ def with_gap(u: Tensor, low: tuple[float, float], high: tuple[float, float]) -> 
 
 def attributes(u: Tensor) -> dict[str, Tensor]:
     """Turn u [B, 8] into measures [B]: horizon (share of the side, from the top), palette (0 cool .. 1 warm),
-    line (stroke in px at 64 px a side), depth (-1 green nearest .. 1 white nearest), ball and sun positions."""
+    line and horizon_line (strokes in px at 64 px a side), depth (-1 green nearest .. 1 white nearest), ball and sun
+    positions (``sun_y`` as a share of the sky, from the top)."""
     column = dict(zip(FACTORS, u.unbind(1), strict=True))
+    line = with_gap(column["line"], (1.2, 1.9), (3.0, 4.2))
     return {
         "horizon": 1 - with_gap(column["horizon"], (0.22, 0.46), (0.54, 0.78)),
         "palette": with_gap(column["palette"], (0.0, 0.22), (0.78, 1.0)),
-        "line": with_gap(column["line"], (1.2, 1.9), (3.0, 4.2)),
+        "line": line,
+        "horizon_line": line,
         "depth": with_gap(column["depth"], (-1.0, -0.3), (0.3, 1.0)),
         "white_x": 0.19 + 0.18 * column["white_x"],
         "green_x": 0.63 + 0.18 * column["green_x"],
         "hue": 2 * column["hue"] - 1,
         "sun_x": 0.15 + 0.7 * column["sun_x"],
+        "sun_y": torch.full_like(column["sun_x"], 0.52),
     }
 
 
@@ -99,7 +103,7 @@ def draw(a: dict[str, Tensor], side: int = SIDE, balls: tuple[bool, bool] = (Tru
     rows, columns = pixels[None, None, :, None], pixels[None, None, None, :]
     ground = ((rows - horizon) * scale + 0.5).clamp(0, 1)
     image = _over(_sky(a, rows, columns, horizon), _ground(a, rows, horizon), ground).expand(-1, -1, side, side)
-    line = ((a["line"][:, None, None, None] / 2 - (rows - horizon).abs()) * scale + 0.5).clamp(0, 1)
+    line = ((a["horizon_line"][:, None, None, None] / 2 - (rows - horizon).abs()) * scale + 0.5).clamp(0, 1)
     image = _over(image, torch.tensor(_INK, **like)[None, :, None, None], line)
 
     grid = (columns * scale, rows * scale)
@@ -117,7 +121,8 @@ def draw(a: dict[str, Tensor], side: int = SIDE, balls: tuple[bool, bool] = (Tru
 def _sky(a: dict[str, Tensor], rows: Tensor, columns: Tensor, horizon: Tensor) -> Tensor:
     palette, hue = a["palette"], a["hue"]
     sky = _over(_mix(_SKY_TOP, palette, hue), _mix(_SKY_LOW, palette, hue), (rows / horizon).clamp(max=1))
-    distance = ((columns - 64 * a["sun_x"][:, None, None, None]) ** 2 + (rows - 0.52 * horizon) ** 2).sqrt()
+    sun_x, sun_y = (a[name][:, None, None, None] for name in ("sun_x", "sun_y"))
+    distance = ((columns - 64 * sun_x) ** 2 + (rows - sun_y * horizon) ** 2).sqrt()
     disc = 0.45 * torch.exp(-distance / 9) + 0.45 * (4.5 - distance).clamp(0, 1)
     return _over(sky, _mix(_SUN, palette, hue), disc)
 
