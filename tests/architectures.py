@@ -139,7 +139,7 @@ ARCHITECTURES = {
 def build_model(name: str, seed: int = 0, dtype=torch.float32, compute: torch.dtype | None = None) -> ModelPatcher:
     """The tiny MODEL of an architecture, random weights of ``dtype``, cast to ``compute`` (if given) as it runs."""
     architecture = ARCHITECTURES[name]
-    model_config = getattr(sm, architecture.model_class)(_known_to_this_comfyui(architecture))
+    model_config = getattr(sm, architecture.model_class)(known_to_this_comfyui(architecture))
     model_config.set_inference_dtype(dtype, compute)
     model = model_config.get_model({}, "", device="cpu")
     randomise(model.diffusion_model, seed)
@@ -177,7 +177,7 @@ def randomise(module: torch.nn.Module, seed: int, gain: float = 1.0) -> None:
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
-def _known_to_this_comfyui(architecture: Architecture) -> dict:
+def known_to_this_comfyui(architecture: Architecture) -> dict:
     """The config without keys that only newer versions of ComfyUI know."""
     if "txt_ids_dims" not in architecture.config:
         return dict(architecture.config)
