@@ -1,6 +1,6 @@
 """Which architectures of generators can be taught, and how exactly, on the ComfyUI at hand.
 
-    python3 dev.py matrix students --json students.json
+    python3 dev.py matrix students --json students.json --also other_comfyui.json --readme README.md
 
 Every architecture is built tiny and random from ComfyUI's own classes and put through three checks: autograd against
 finite differences from the picture to the LoRA, with and without checkpointing; the model's output before and after a
@@ -21,6 +21,7 @@ from dual_process.demo.comfyui import use_comfyui
 from dual_process.tests.gradients import give_lora_a_value, picture_to_lora_ratio
 
 TOLERANCE = 0.01  # of the gradient
+BEGIN, END = "<!-- students -->", "<!-- /students -->"
 
 
 def finite_difference(lab, name: str, checkpointed: bool) -> float:
@@ -77,14 +78,33 @@ def examine(lab, name: str, loras: Path, comfyui: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| architecture | gradient error | model untouched | LoRA keys | works |", "|---|---|---|---|---|"]
-    for row in rows:
-        errors = [f"{abs(ratio - 1):.2%}" for ratio in row["finite_difference"].values()]
-        untouched = "yes" if row["base_identical"] else "no"
-        works = "yes" if row["ok"] else f"no: {row['why']}"
-        lines.append(f"| {row['name']} | {' / '.join(errors)} | {untouched} | {row['keys_loaded']} | {works} |")
+    """The rows as a Markdown table: one line per architecture, the versions of ComfyUI beside each other."""
+    versions = list(dict.fromkeys(row["comfyui"] for row in rows))
+    of = {(row["name"], row["comfyui"]): row for row in rows}
+    others = ["gradient error", "model untouched", "LoRA keys", "note"]
+    columns = [*(f"ComfyUI {version}" for version in versions), *others]
+    lines = [f"| architecture | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        examined = [of[name, version] for version in versions if (name, version) in of]
+        errors = [abs(ratio - 1) for row in examined for ratio in row["finite_difference"].values()]
+        cells = [
+            *(("yes" if of[name, version]["ok"] else "no") if (name, version) in of else "" for version in versions),
+            f"{max(errors):.2%}" if errors else "",
+            "yes" if all(row["base_identical"] for row in examined) else "no",
+            ", ".join(dict.fromkeys(row["keys_loaded"] for row in examined)),
+            "; ".join(dict.fromkeys(row["why"] for row in examined if row["why"])),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_table(readme: Path, rows: list[dict]) -> None:
+    """Put the table between the two marks in a Markdown file; raises ValueError when they are not there."""
+    head, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"{readme} has no place for the table: put the lines {BEGIN} and {END} into it.")
+    readme.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:
@@ -92,6 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write one row per architecture to this file")
     parser.add_argument("--only", nargs="*", help="architectures to examine")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="files written on other versions of ComfyUI")
+    parser.add_argument("--readme", type=Path, help="write the table between the marks in this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
         use_comfyui(Path(base))
@@ -107,11 +129,13 @@ def main() -> None:
         with torch.inference_mode():  # as ComfyUI runs nodes
             names = arguments.only or lab.ARCHITECTURES
             rows = [examine(lab, name, loras, comfyui_version.__version__) for name in names]
-    print(table(rows))
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} architectures on ComfyUI {rows[0]['comfyui']}")
     if arguments.json:
-        report = {"comfyui": rows[0]["comfyui"], "torch": torch.__version__, "architectures": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    rows += [row for other in arguments.also for row in json.loads(other.read_text(encoding="utf-8"))]
+    print(table(rows))
+    if arguments.readme:
+        write_table(arguments.readme, rows)
 
 
 if __name__ == "__main__":
