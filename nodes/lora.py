@@ -4,6 +4,7 @@ from pathlib import Path
 
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 
@@ -13,6 +14,11 @@ from .types import CATEGORY, LoRAType
 
 FROM_TRAINER = "(the connected LoRA)"
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
+
+
+def read_lora(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file in models/loras."""
+    return load_file(folder_paths.get_full_path_or_raise("loras", name))
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -50,7 +56,7 @@ class ApplyLoRA(io.ComfyNode):
         if lora is None:
             if lora_name == FROM_TRAINER:
                 raise ValueError("LoRA Apply has no LoRA: connect a trainer, or choose a file in lora_name.")
-            lora = load_file(folder_paths.get_full_path_or_raise("loras", lora_name))
+            lora = read_lora(lora_name)
         controlled, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)
         return io.NodeOutput(controlled)
 

@@ -5,6 +5,7 @@ import time
 
 import comfy.samplers
 import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -16,9 +17,11 @@ from ..trainers.dual_process import LEARN_AT, Run, Settings, train
 from ..trainers.lora_file import TrainedLoRA, describe
 from ..trainers.objective import LIKELIHOOD, MARGIN, Objective
 from ..trainers.self_check import check_gradients
+from .lora import read_lora
 from .types import CATEGORY, JudgeType, LoRAType, LossType, PromptsType, QuestionsType
 
 PREVIEW_SECONDS = 0.5
+NEW_LORA = "(a new LoRA)"
 CHECKED_PICTURES = 4  # held-out pictures at least
 
 
@@ -155,6 +158,12 @@ class Trainer(io.ComfyNode):
                     tooltip="Before the first step, compare gradients with what the model really does. Finds attention "
                     "kernels, patches and loaders that would train wrongly without an error.",
                 ),
+                io.Combo.Input(
+                    "continue_from",
+                    options=[NEW_LORA, *folder_paths.get_filename_list("loras")],
+                    tooltip="A saved LoRA to train further, of the same rank. A LoRA that is on the model already "
+                    "stays as it is, and a second one is learned on top.",
+                ),
             ],
             outputs=[
                 LoRAType.Output(display_name="lora", tooltip="Connect to LoRA Apply and Save LoRA."),
@@ -193,6 +202,7 @@ class Trainer(io.ComfyNode):
         accumulate,
         targets,
         self_check,
+        continue_from,
         negative=None,
         more_prompts=None,
         sigmas=None,
@@ -228,6 +238,7 @@ class Trainer(io.ComfyNode):
             seed=seed,
             targets=targets,
             checkpointed=checkpointing,
+            start=None if continue_from == NEW_LORA else read_lora(continue_from),
         )
         show = Progress(cls.hidden.unique_id, settings.steps)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .average import Average
 from .objective import Objective
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
@@ -41,6 +42,8 @@ class Settings:
         held: mean P(wanted answer) on the held-out seeds, for every question, at which training stops.
         check_seeds: number of held-out seeds.
         learn_at: a key of ``LEARN_AT``: the sampler's steps k that are drawn from. ``any step`` is the paper's choice.
+        average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
+            is checked on held-out seeds, and what is handed back.
         accumulate: passes of one batch, each with a noise, step and prompt of its own, whose gradients make one step.
     """
 
@@ -54,6 +57,7 @@ class Settings:
     held: float = 0.97
     check_seeds: int = 2
     learn_at: str = ANY_STEP
+    average: float = 0.8
     accumulate: int = 1
 
     def learned_steps(self, steps: int) -> range:
@@ -99,6 +103,7 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     rng = torch.Generator().manual_seed(settings.seed)
     run.checks.append(check(student, judge, objective, settings, step=0))
+    average = Average(parameters, settings.average)
     best, kept = run.checks[0], student.lora.snapshot()
 
     for step in range(1, settings.steps + 1):
@@ -115,14 +120,16 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
             )
         optimizer.step()
         optimizer.zero_grad()
+        average.update()
 
         run.loss.append(loss.item())
         run.scores.append(scores.tolist())
         on_step(run, passes[-1][2])
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
-            run.checks.append(check(student, judge, objective, settings, step))
-            if settings.check_every == 0 or min(run.checks[-1].scores) >= min(best.scores):
-                best, kept = run.checks[-1], student.lora.snapshot()
+            with average.applied():
+                run.checks.append(check(student, judge, objective, settings, step))
+                if settings.check_every == 0 or min(run.checks[-1].scores) >= min(best.scores):
+                    best, kept = run.checks[-1], student.lora.snapshot()
             if min(best.scores) >= settings.held:
                 run.stopped = f"held at step {step}"
                 break

@@ -25,14 +25,14 @@ class Objective:
     Args:
         questions: at least one; weights are relative.
         kind: ``LIKELIHOOD`` or ``MARGIN``.
-        margin: log-odds at which a Yes/No question counts as won; 3 is a probability of 0.95.
+        margin: log-odds at which a Yes/No question counts as won; 5 is a probability of 0.993.
     Raises:
         ValueError: no question.
     """
 
     questions: list[Question]
     kind: str = MARGIN
-    margin: float = 3.0
+    margin: float = 5.0
 
     def __post_init__(self):
         if not self.questions:
