@@ -76,8 +76,7 @@ class ComfyStudent:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
-        can_be_static = "disable_dynamic" in inspect.signature(model.clone).parameters
-        self.model = model.clone(disable_dynamic=True) if can_be_static else model.clone()
+        self.model = _static_clone(model)
         self.vae = vae
         self.latent_mask = latent.get("noise_mask")
         self.conds = {f"prompt {i}": positive for i, positive in enumerate(positives)}
@@ -208,6 +207,18 @@ class _Loop(comfy.samplers.Sampler):
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
             self.result = self.loop()
         return latent_image
+
+
+def _static_clone(model: ModelPatcher) -> ModelPatcher:
+    """A clone whose weights stay where they are while it runs, which newer ComfyUIs do not promise of every MODEL."""
+    if "disable_dynamic" not in inspect.signature(model.clone).parameters:
+        return model.clone()
+    if model.is_dynamic() and model.cached_patcher_init is None:
+        raise ValueError(
+            "This MODEL's loader cannot give its weights a fixed place, which training needs. Load the model with Load "
+            "Diffusion Model or Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return model.clone(disable_dynamic=True)
 
 
 def _computes_in_fp16(model) -> bool:

@@ -45,7 +45,7 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
         pattern: a regular expression searched in each path, e.g. ``attn`` for attention only. Empty: every attention
             and MLP layer of the repeated blocks.
     Raises:
-        ValueError: nothing matches.
+        ValueError: nothing matches, or the model has no such layers.
     """
     targets = {}
     for block_path, block in repeated_blocks(diffusion_model):
@@ -55,6 +55,11 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
                 continue
             if re.search(pattern, path):
                 targets[path] = layer
+    if not targets and not pattern:
+        raise ValueError(
+            f"{type(diffusion_model).__name__} keeps its layers in a form that no LoRA trains on: its loader is "
+            "for drawing only (Nunchaku, TensorRT). Load the model with Load Diffusion Model or Load Checkpoint."
+        )
     if not targets:
         raise ValueError(
             f"No layer of {type(diffusion_model).__name__} matches the LoRA targets '{pattern}'. "
