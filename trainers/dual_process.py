@@ -57,7 +57,7 @@ class Settings:
     held: float = 0.97
     check_seeds: int = 2
     learn_at: str = ANY_STEP
-    average: float = 0.8
+    average: float = 0.7
     accumulate: int = 1
 
     def learned_steps(self, steps: int) -> range:
