@@ -13,8 +13,10 @@ from server import PromptServer
 from torch import Tensor
 
 from ..trainers.comfy_student import ComfyStudent
+from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import LEARN_AT, Run, Settings, train
-from ..trainers.lora_file import TrainedLoRA, describe
+from ..trainers.lora_file import TrainedLoRA
+from ..trainers.lora_metadata import metadata
 from ..trainers.objective import LIKELIHOOD, MARGIN, Objective
 from ..trainers.self_check import check_gradients
 from .lora import read_lora
@@ -248,7 +250,8 @@ class Trainer(io.ComfyNode):
             return train(student, judge.judge, goal, settings, show)
 
         run = student.run(teach, beside=[judge.patcher])
-        lora = TrainedLoRA(student.lora.export(), describe(run, goal, settings, judge.judge.name, rank))
+        story = metadata(run, goal, settings, judge.judge.name, student)
+        lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
         before, after = (c.pictures.movedim(1, -1).cpu() for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         return io.NodeOutput(lora, {"loss": run.loss}, before, after, ui=pairs)

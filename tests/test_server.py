@@ -164,7 +164,8 @@ def test_bad_input_gets_one_clear_sentence(client, teach, node, change, sentence
 def test_a_folder_that_is_no_judge_is_named(client, server, teach):
     folder = server.base / "models" / "VLM" / "only-a-config"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"model_type": "idefics3", "architectures": ["Idefics3Model"], "vision_config": {}}')
+    config = {"model_type": "idefics3", "architectures": ["Idefics3Model"], "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
     graph = teach(seed=52)
     graph[nodes_of(graph, "DualProcessJudgeLoader")[0]]["inputs"]["judge"] = "only-a-config"
     with pytest.raises(PromptFailed, match="only-a-config"):

@@ -79,7 +79,8 @@ class Check:
 class Run:
     """What happened: loss and mean P(wanted answer) [Q] of every step, the checks, why it ended.
 
-    The first check shows the model without the LoRA, the last one with the LoRA that was kept.
+    The first check shows the model before training (without the LoRA, or with the one that is continued), the last
+    one with the LoRA that was kept.
     """
 
     loss: list[float] = field(default_factory=list)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-
-from .dual_process import Run, Settings
-from .objective import Objective
 
 VERSION = "0.1.0"
 
@@ -48,29 +43,3 @@ def save_lora(lora: dict[str, Tensor], path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
     header = {"format": "pt", **getattr(lora, "metadata", {}), "ss_output_name": path.stem}
     save_file(tensors, path, metadata=header)
-
-
-def describe(run: Run, objective: Objective, settings: Settings, judge: str, rank: int) -> dict[str, str]:
-    """Metadata of a trained LoRA: the keys LoRA managers read, and under ``dual_process`` how it came to be."""
-    story = {
-        "version": VERSION,
-        "questions": [asdict(question) for question in objective.questions],
-        "objective": objective.kind,
-        "judge": judge,
-        "settings": asdict(settings),
-        "steps_done": len(run.loss),
-        "stopped": run.stopped,
-        "held_out_scores_before": run.checks[0].scores,
-        "held_out_scores_after": run.checks[-1].scores,
-    }
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": "; ".join(f"{q.text} {q.answer}" for q in objective.questions),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
-        "ss_learning_rate": str(settings.learning_rate),
-        "ss_steps": str(len(run.loss)),
-        "ss_seed": str(settings.seed),
-        "dual_process": json.dumps(story),
-    }

@@ -45,8 +45,8 @@ def check_gradients(student) -> None:
     prediction = student.predict(x, 0)
     if not prediction.requires_grad:
         raise RuntimeError(
-            "No gradient passes through the model: its loader or a patch computes without autograd (GGUF, Nunchaku, "
-            f"TensorRT and compiled models do). {STOCK_LOADERS}."
+            "No gradient passes through the model: its loader or a patch computes without autograd (TensorRT "
+            f"engines and some quantised loaders do). {STOCK_LOADERS}."
         )
     _check_decoder(student, prediction.detach())
     weights = _smooth_weights(prediction)
@@ -172,8 +172,8 @@ class _Probe:
             if abs(ratio - 1) > tolerance:
                 raise RuntimeError(
                     f"The gradient is not the model's: moving the LoRA does {ratio:.2f} times what the gradient "
-                    f"promises (allowed: 1 ± {tolerance:.2f}). Turn checkpointing off, take patches that cache, "
-                    f"compile or replace blocks off the model (TeaCache, torch.compile), or: {STOCK_LOADERS}."
+                    f"promises (allowed: 1 ± {tolerance:.2f}). Turn checkpointing off, take patches that cache "
+                    f"or replace blocks off the model (TeaCache), or: {STOCK_LOADERS}."
                 )
 
     def _ratio(self, group: list[int], tolerance: float) -> float:
