@@ -135,9 +135,8 @@ def test_accumulated_passes_are_one_larger_batch():
     student, run, _ = teach(accumulate=4, **quiet)
     trained = [seed for seed in student.seeds if seed >= 2**32]
     assert len(trained) == 4 and len(run.loss) == 1
-    losses = [
-        Objective([Question("Is it bright?")])(BrightnessJudge(), GreyStudent().draw(seed))[0].item() for seed in trained
-    ]
+    loss_of = Objective([Question("Is it bright?")])
+    losses = [loss_of(BrightnessJudge(), GreyStudent().draw(seed))[0].item() for seed in trained]
     assert run.loss[0] == pytest.approx(sum(losses) / 4)
 
 
