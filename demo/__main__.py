@@ -64,6 +64,8 @@ def training_graph(client: ComfyClient, text: str, arguments: argparse.Namespace
     graph = to_api(template(TEMPLATE), client.get_json("/object_info"))
     question, _what_has_to_stay = nodes_of(graph, "DualProcessQuestion")
     (trainer,) = nodes_of(graph, "DualProcessTrainer")
+    (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")
+    graph[keeper]["inputs"]["filename_prefix"] = f"dual_process/{arguments.question}"
     graph[question]["inputs"] |= {"text": text, "answer": arguments.answer}
     graph[trainer]["inputs"]["seed"] = arguments.seed
     if arguments.steps:
