@@ -68,7 +68,7 @@ def training_graph(client: ComfyClient, text: str, arguments: argparse.Namespace
     graph[keeper]["inputs"]["filename_prefix"] = f"dual_process/{arguments.question}"
     graph[question]["inputs"] |= {"text": text, "answer": arguments.answer}
     graph[trainer]["inputs"]["seed"] = arguments.seed
-    if arguments.steps:
+    if arguments.steps is not None:
         graph[trainer]["inputs"]["steps"] = arguments.steps
     return graph
 

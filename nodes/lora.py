@@ -92,7 +92,7 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, filename_prefix, format=COMFYUI):
-        root = Path(folder_paths.get_folder_paths("loras")[0])
+        root = Path(folder_paths.get_folder_paths("loras")[0]).resolve()
         path = new_lora_path(root, filename_prefix)
         save_lora(to_diffusers(lora) if format == DIFFUSERS else lora, path)
         name = path.relative_to(root).as_posix()

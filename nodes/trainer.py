@@ -170,7 +170,7 @@ class Trainer(io.ComfyNode):
             outputs=[
                 LoRAType.Output(display_name="lora", tooltip="Connect to LoRA Apply and Save LoRA."),
                 LossType.Output(display_name="history", tooltip="Loss of every step, for Plot Loss Graph."),
-                io.Image.Output(display_name="before", tooltip="Pictures of held-out seeds without the LoRA."),
+                io.Image.Output(display_name="before", tooltip="Pictures of held-out seeds before this training."),
                 io.Image.Output(display_name="after", tooltip="The same seeds with it."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -220,7 +220,7 @@ class Trainer(io.ComfyNode):
             judge_noise=judge_noise,
             check_every=check_every,
             held=stop_at,
-            check_seeds=max(2, math.ceil(CHECKED_PICTURES / latent["samples"].shape[0])),
+            check_seeds=max(2, 1 + len(more_prompts or []), math.ceil(CHECKED_PICTURES / latent["samples"].shape[0])),
             learn_at=learn_at,
             accumulate=accumulate,
         )

@@ -108,11 +108,15 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     best, kept = run.checks[0], student.lora.snapshot()
 
     for step in range(1, settings.steps + 1):
-        passes = [one_pass(student, judge, objective, settings, rng) for _ in range(settings.accumulate)]
+        losses, answers = [], []
+        for _ in range(settings.accumulate):
+            loss, scores, image = one_pass(student, judge, objective, settings, rng)
+            losses.append(loss)
+            answers.append(scores)
         for parameter in parameters:
             if parameter.grad is not None:  # some layers of the last block reach no pixel
                 parameter.grad /= student.gradient_scale * settings.accumulate
-        loss, scores = (torch.stack(values).mean(dim=0) for values in list(zip(*passes))[:2])
+        loss, scores = (torch.stack(values).mean(dim=0) for values in (losses, answers))
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         if not torch.isfinite(norm) or (norm == 0 and loss > 0):
             raise RuntimeError(
@@ -125,7 +129,7 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
 
         run.loss.append(loss.item())
         run.scores.append(scores.tolist())
-        on_step(run, passes[-1][2])
+        on_step(run, image)
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             with average.applied():
                 run.checks.append(check(student, judge, objective, settings, step))
@@ -176,4 +180,4 @@ def check(student, judge, objective: Objective, settings: Settings, step: int) -
     """Draw the held-out seeds to the end and ask the judge about them."""
     pictures = torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
     _, scores = objective(judge, pictures)
-    return Check(step, scores.mean(dim=0).tolist(), pictures)
+    return Check(step, scores.mean(dim=0).tolist(), pictures.cpu())

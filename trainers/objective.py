@@ -51,6 +51,6 @@ class Objective:
                 continue
             losses.append(torch.relu(self.margin - (wanted[:, i] - log_p[:, following])))
             following += 1
-        weights = images.new_tensor([q.weight for q in self.questions])
+        weights = log_p.new_tensor([q.weight for q in self.questions])
         loss = (torch.stack(losses, dim=1) * weights).sum(dim=1).mean() / weights.sum()
         return loss, wanted.detach().exp()
