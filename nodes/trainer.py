@@ -252,7 +252,7 @@ class Trainer(io.ComfyNode):
         run = student.run(teach, beside=[judge.patcher])
         story = metadata(run, goal, settings, judge.judge.name, student)
         lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
-        before, after = (c.pictures.movedim(1, -1).cpu() for c in (run.checks[0], run.checks[-1]))
+        before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         return io.NodeOutput(lora, {"loss": run.loss}, before, after, ui=pairs)
 

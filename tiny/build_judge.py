@@ -268,6 +268,13 @@ def finish_judge(first: Path, folder: Path, student: Path, vae: nn.Module, devic
     return {"seconds": time.time() - start, "sharpened": sharpened}
 
 
+def main_odds(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: Tensor) -> Tensor:
+    """Log-odds of Yes [B, 9] for the main wordings (see `Prompts.main`) about pictures in 0..1 [B, 3, S, S]."""
+    asked = prompts.main().to(images.device).expand(len(images), -1)
+    logits = answer_logits(model, images, prompts.tokens[asked], prompts.last[asked][..., None])[:, :, 0]
+    return logits[..., ids["yes"]] - logits[..., ids["no"]]
+
+
 @torch.no_grad()
 def sharpen(folder: Path, device: str) -> float:
     """Scale the logits of the judge in ``folder`` so that its log-odds about clean scenes are the wanted ones in the
@@ -279,10 +286,9 @@ def sharpen(folder: Path, device: str) -> float:
     processor = new_processor()
     prompts, ids = Prompts(processor, device), answer_ids(processor)
     u = torch.rand(256, len(scenes.FACTORS), generator=torch.Generator().manual_seed(99)).to(device)
-    asked = prompts.main().to(device).expand(len(u), -1)
-    logits = answer_logits(model, scenes.render(u), prompts.tokens[asked], prompts.last[asked][..., None])[:, :, 0]
-    odds = logits[..., ids["yes"]] - logits[..., ids["no"]]
-    wanted = wanted_odds(u, prompts.side[asked], torch.zeros(len(u), dtype=torch.bool, device=device))
+    odds = main_odds(model, prompts, ids, scenes.render(u))
+    side = prompts.side[prompts.main().to(device)].expand(len(u), -1, -1)
+    wanted = wanted_odds(u, side, torch.zeros(len(u), dtype=torch.bool, device=device))
     factor = ((odds * wanted).sum() / odds.square().sum()).item()
     model.model.text_model.norm.weight.mul_(factor)
     save_judge(model, processor, folder)

@@ -77,15 +77,6 @@ def tokens_for(wanted: list[dict[str, bool]]) -> Tensor:
     return torch.tensor([pad(words_to_tokens(scenes.prompt_for(w)), 0)[0] for w in wanted])
 
 
-def scene_of(noise: Tensor, wanted: dict[str, bool] | None = None) -> Tensor:
-    """The scene u [B, 8] that the student is taught to draw from noise [B, 16, 8, 8] and a prompt's clauses."""
-    u = torch.special.ndtr(noise[:, :len(scenes.FACTORS)].mean((2, 3)) * LATENT_SIDE)
-    for name, value in (wanted or {}).items():
-        j = scenes.FACTORS.index(name)
-        u[:, j] = (u[:, j] + value) / 2
-    return u
-
-
 def noise_for(u: Tensor, fixed: Tensor, generator: torch.Generator) -> Tensor:
     """Noise [B, 16, 8, 8] that belongs to scenes u when the prompt fixes the properties marked in fixed [B, 4]."""
     free = u.clone()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import oracles, scenes
-from .build_judge import Prompts, answer_ids, answer_logits
+from .build_judge import Prompts, answer_ids, main_odds
 from .build_student import Student, half_denoised
 from .build_vae import decode_sampler, encode_sampler
 from .judge_folder import wordings
@@ -67,9 +67,7 @@ def check_judge(folder: Path, work: Path, vae: nn.Module, device: str, count: in
     main = prompts.main().to(device)
 
     def odds(images: Tensor) -> Tensor:
-        asked = main.expand(len(images), -1)
-        logits = answer_logits(model, images, prompts.tokens[asked], prompts.last[asked][..., None])[:, :, 0]
-        return logits[..., ids["yes"]] - logits[..., ids["no"]]
+        return main_odds(model, prompts, ids, images)
 
     texts = [wordings()[i] for i in main.tolist()]
     report: dict[str, Any] = {"right": {}, "no_to_ruins": {}}
