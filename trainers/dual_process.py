@@ -53,7 +53,7 @@ class Settings:
     anchor: float = 0.1
     judge_noise: float = 0.1
     clip: float = 1.0
-    check_every: int = 10
+    check_every: int = 20
     held: float = 0.97
     check_seeds: int = 2
     learn_at: str = ANY_STEP

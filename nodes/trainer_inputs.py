@@ -1,0 +1,170 @@
+"""The inputs of the trainer, in the order in which workflows save them: only ever append to the last group."""
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io
+
+from ..trainers.dual_process import LEARN_AT
+from ..trainers.objective import LIKELIHOOD, MARGIN
+from .types import JudgeType, PromptsType, QuestionsType
+
+NEW_LORA = "(a new LoRA)"
+
+
+def trainer_inputs() -> list[io.Input]:
+    """All of them. Made anew whenever ComfyUI asks, so that new files show up in lists."""
+    return [*_sockets(), *_teaching(), *_drawing(), *_judging(), *_further()]
+
+
+def _sockets() -> list[io.Input]:
+    """What is connected."""
+    return [
+        io.Model.Input("model", tooltip="The image model to teach, with the LoRAs and patches it carries."),
+        io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+        io.Conditioning.Input("positive", tooltip="The prompt to train on."),
+        io.Latent.Input("latent", tooltip="Picture size; its batch size is the pictures per step."),
+        JudgeType.Input("judge", tooltip="The vision-language model that looks at the pictures."),
+        QuestionsType.Input("questions", tooltip="What the judge is asked, and the answers you want."),
+        io.Conditioning.Input("negative", optional=True, tooltip="Needed only when cfg is not 1."),
+        PromptsType.Input("more_prompts", optional=True, tooltip="Each step draws one of these or positive."),
+        io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of scheduler and sampler_steps."),
+        io.Sampler.Input("sampler", optional=True, tooltip="Instead of sampler_name."),
+    ]
+
+
+def _teaching() -> list[io.Input]:
+    """How much is learned, and how fast."""
+    return [
+        io.Int.Input("steps", default=100, min=1, max=10000, tooltip="Training steps at most."),
+        io.Float.Input(
+            "learning_rate",
+            default=1e-4,
+            min=1e-7,
+            max=1.0,
+            step=1e-5,
+            round=False,
+            tooltip="Higher learns faster and ruins pictures sooner.",
+        ),
+        io.Int.Input("rank", default=16, min=1, max=512, tooltip="Width of the LoRA. 4 to 16 is plenty."),
+    ]
+
+
+def _drawing() -> list[io.Input]:
+    """How pictures are drawn: as they will be drawn later."""
+    return [
+        io.Int.Input(
+            "sampler_steps",
+            default=4,
+            min=1,
+            max=200,
+            tooltip="Steps of the sampler you will draw with: 1 to 4 for turbo models, 20 to 50 for others.",
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.SAMPLER_NAMES,
+            default="euler",
+            tooltip="The sampler you will draw with.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.SCHEDULER_NAMES,
+            default="simple",
+            tooltip="The noise schedule you will draw with.",
+        ),
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale you will draw with."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**31,
+            control_after_generate=False,
+            tooltip="Same seed and inputs, same LoRA (on one machine).",
+        ),
+    ]
+
+
+def _judging() -> list[io.Input]:
+    """What the pictures are worth, and when they are good enough."""
+    return [
+        io.Combo.Input(
+            "objective",
+            options=[MARGIN, LIKELIHOOD],
+            tooltip="Answer margin (Yes or No): push until the answer is clearly won, then stop pushing. "
+            "Answer likelihood: the paper's cross-entropy, for any answer.",
+        ),
+        io.Float.Input(
+            "anchor",
+            default=0.1,
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            tooltip="How strongly pictures are held to what the model would draw anyway.",
+        ),
+        io.Float.Input(
+            "judge_noise",
+            default=0.1,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Noise laid over pictures before the judge sees them; keeps it from being fooled by "
+            "patterns no person would see.",
+        ),
+        io.Int.Input(
+            "check_every",
+            default=20,
+            min=0,
+            max=1000,
+            tooltip="Steps between looks at pictures of seeds that are not trained on. The best LoRA by these "
+            "is kept. 0: never look, train all steps.",
+        ),
+        io.Float.Input(
+            "stop_at",
+            default=0.97,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Training ends when the judge gives the wanted answers with this probability on those pictures.",
+        ),
+    ]
+
+
+def _further() -> list[io.Input]:
+    """What most users leave alone."""
+    return [
+        io.Boolean.Input(
+            "checkpointing",
+            default=True,
+            tooltip="Recompute instead of remember: much less memory, about a third more time.",
+        ),
+        io.Combo.Input(
+            "learn_at",
+            options=list(LEARN_AT),
+            tooltip="The sampler steps that are learned from. Early steps decide what is where (with few "
+            "sampler steps, best for composition), late ones how it is drawn.",
+        ),
+        io.Int.Input(
+            "accumulate",
+            default=1,
+            min=1,
+            max=256,
+            tooltip="Passes of one batch that make one step: larger batches than fit on the GPU.",
+        ),
+        io.String.Input(
+            "targets",
+            default="",
+            tooltip="Regular expression for the layers to adapt, for example 'attn'. Empty: attention and MLPs "
+            "of all blocks.",
+        ),
+        io.Boolean.Input(
+            "self_check",
+            default=True,
+            tooltip="Before the first step, compare gradients with what the model really does. Finds attention "
+            "kernels, patches and loaders that would train wrongly without an error.",
+        ),
+        io.Combo.Input(
+            "continue_from",
+            options=[NEW_LORA, *folder_paths.get_filename_list("loras")],
+            tooltip="A saved LoRA to train further, of the same rank. A LoRA that is on the model already "
+            "stays as it is, and a second one is learned on top.",
+        ),
+    ]
