@@ -16,6 +16,11 @@ FROM_TRAINER = "(the connected LoRA)"
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 
 
+def loras_folder() -> Path:
+    """The folder that new LoRAs are written into."""
+    return Path(folder_paths.get_folder_paths("loras")[0]).resolve()
+
+
 def read_lora(name: str) -> dict[str, torch.Tensor]:
     """The tensors of a file in models/loras."""
     return load_file(folder_paths.get_full_path_or_raise("loras", name))
@@ -92,8 +97,23 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, filename_prefix, format=COMFYUI):
-        root = Path(folder_paths.get_folder_paths("loras")[0]).resolve()
+        root = loras_folder()
         path = new_lora_path(root, filename_prefix)
-        save_lora(to_diffusers(lora) if format == DIFFUSERS else lora, path)
         name = path.relative_to(root).as_posix()
+        try:
+            written = to_diffusers(lora) if format == DIFFUSERS else lora
+        except ValueError as error:
+            save_lora(lora, path)  # hours of training may be in it, and a file in the other format is worth them
+            raise ValueError(f"{error} That was done now, so that it is not lost: it is saved as {name}.") from error
+        save_lora(written, path)
         return io.NodeOutput(name, ui={"text": [f"Saved as {name}"]})
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Before anything runs, and so before the training; another node's prefix is None here and checked later."""
+        if filename_prefix is not None:
+            try:
+                new_lora_path(loras_folder(), filename_prefix)
+            except ValueError as error:
+                return str(error)
+        return True

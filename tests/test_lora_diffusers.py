@@ -163,6 +163,17 @@ def test_a_model_that_comfyui_has_no_map_for_is_refused(build):
         to_diffusers({"diffusion_model.x.lora_A.weight": torch.ones(2, 3)})  # of a trainer that is not ours
 
 
+def test_a_lora_that_the_format_cannot_hold_is_saved_in_comfyuis_and_said(build):
+    import folder_paths
+
+    from dual_process.nodes.lora import DIFFUSERS, SaveLoRA
+
+    *_, file = build("FLUX.2")
+    with pytest.raises(ValueError, match="no diffusers name .* saved as formats/flux2_00001.safetensors"):
+        SaveLoRA.execute(file, "formats/flux2", DIFFUSERS)
+    assert load_file(folder_paths.get_full_path("loras", "formats/flux2_00001.safetensors")).keys() == file.keys()
+
+
 def test_the_node_writes_the_format_it_is_asked_for(build):
     import folder_paths
 

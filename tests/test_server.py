@@ -151,13 +151,30 @@ def test_cancel_leaves_the_model_as_it_was(client, teach):
     [
         ("DualProcessQuestion", {"text": " "}, "The question is empty"),
         ("DualProcessQuestion", {"answer": ""}, "The wanted answer to"),
-        ("DualProcessSaveLoRA", {"filename_prefix": "../../outside"}, "is no file name inside"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(client, teach, node, change, sentence):
     graph = teach(seed=51)
     graph[nodes_of(graph, node)[0]]["inputs"] |= change
     with pytest.raises(PromptFailed, match=sentence):
+        client.run(graph)
+
+
+def test_a_bad_file_name_is_refused_before_the_training(client, teach):
+    graph = teach(seed=53)
+    (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")
+    for prefix in ("../../outside", "/outside", ""):
+        graph[keeper]["inputs"]["filename_prefix"] = prefix
+        with pytest.raises(PromptRejected, match="is no file name inside"):
+            client.run(graph)
+
+
+def test_a_file_name_from_another_node_is_checked_when_it_is_known(client, teach):
+    graph = teach(seed=54, steps=1)
+    (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")
+    graph["prefix"] = {"class_type": "PrimitiveString", "inputs": {"value": "../outside"}}
+    graph[keeper]["inputs"]["filename_prefix"] = ["prefix", 0]
+    with pytest.raises(PromptFailed, match="is no file name inside"):
         client.run(graph)
 
 
