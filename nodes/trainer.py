@@ -8,6 +8,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -65,11 +66,13 @@ class Trainer(io.ComfyNode):
             return train(student, judge.judge, goal, settings, show)
 
         run = student.run(teach, beside=[judge.patcher])
+        show.end(run)
         story = metadata(run, goal, settings, judge.judge.name, student)
         lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
-        return io.NodeOutput(lora, {"loss": run.loss}, before, after, ui=pairs)
+        history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
+        return io.NodeOutput(lora, history, before, after, ui=pairs)
 
 
 def settings_from(inputs: SimpleNamespace) -> Settings:
@@ -138,6 +141,10 @@ class Progress:
         server.send_sync("dual_process.progress", event, server.client_id)
         answers = ", ".join(f"{score:.0%}" for score in scores)
         server.send_progress_text(f"step {step}/{self.steps}: wanted answer {answers}", self.node_id)
+
+    def end(self, run: Run) -> None:
+        """Leave one line on the node: how many steps it took, and why it ended."""
+        PromptServer.instance.send_progress_text(f"{len(run.loss)} steps: {run.stopped}", self.node_id)
 
 
 def contact_sheet(images: Tensor, most: int = 4) -> Image.Image:

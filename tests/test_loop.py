@@ -87,6 +87,16 @@ def test_learns_yes_and_stops_when_it_is_held():
     assert len(pictures) == len(run.scores) == len(run.loss)
 
 
+def test_what_is_held_already_is_not_taught():
+    """A LoRA that is continued may hold its goal from the start."""
+    student, run, pictures = teach("No", held=0.7, anchor=0.0)
+    assert run.checks[0].scores[0] > 0.7 and len(run.checks) == 1
+    assert run.loss == pictures == [] and student.lora.shift == 0
+    assert run.stopped == "held before the first step: there is nothing to teach"
+    _, run, _ = teach("No", held=0.7, anchor=0.0, check_every=0, steps=3)
+    assert len(run.loss) == 3 and run.stopped == "all steps done"
+
+
 def test_learns_no():
     student, run, _ = teach("No", held=0.97, anchor=0.0)
     assert run.checks[-1].scores[0] > 0.95 and student.lora.shift < 0

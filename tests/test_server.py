@@ -160,6 +160,15 @@ def test_bad_input_gets_one_clear_sentence(client, teach, node, change, sentence
         client.run(graph)
 
 
+def test_a_goal_that_is_held_already_ends_at_once_and_says_so(client, teach):
+    graph, events = teach(seed=55, check_every=1, stop_at=0.0), []
+    (trainer,) = nodes_of(graph, "DualProcessTrainer")
+    graph["plot"] = {"class_type": "LossGraphNode", "inputs": {"loss": [trainer, 1], "filename_prefix": "loss"}}
+    client.run(graph, events.append)
+    texts = [event["data"] for event in events if event["type"] == "binary"]
+    assert any(b"0 steps: held before the first step" in text for text in texts)
+
+
 def test_a_bad_file_name_is_refused_before_the_training(client, teach):
     graph = teach(seed=53)
     (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")

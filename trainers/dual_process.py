@@ -39,7 +39,8 @@ class Settings:
             it takes away the pixel patterns that fool a judge.
         clip: gradient norm at most.
         check_every: steps between looks at the held-out seeds; 0 never looks.
-        held: mean P(wanted answer) on the held-out seeds, for every question, at which training stops.
+        held: mean P(wanted answer) on the held-out seeds, for every question, at which training stops (or does not
+            begin), if ``check_every`` is not 0.
         check_seeds: number of held-out seeds.
         learn_at: a key of ``LEARN_AT``: the sampler's steps k that are drawn from. ``any step`` is the paper's choice.
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
@@ -106,6 +107,9 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     run.checks.append(check(student, judge, objective, settings, step=0))
     average = Average(parameters, settings.average)
     best, kept = run.checks[0], student.lora.snapshot()
+    if holds(best, settings):
+        run.stopped = "held before the first step: there is nothing to teach"
+        return run
 
     for step in range(1, settings.steps + 1):
         losses, answers = [], []
@@ -135,13 +139,18 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
                 run.checks.append(check(student, judge, objective, settings, step))
                 if settings.check_every == 0 or min(run.checks[-1].scores) >= min(best.scores):
                     best, kept = run.checks[-1], student.lora.snapshot()
-            if min(best.scores) >= settings.held:
+            if holds(run.checks[-1], settings):
                 run.stopped = f"held at step {step}"
                 break
     student.lora.load_state_dict(kept)
     if run.checks[-1] is not best:
         run.checks.append(best)
     return run
+
+
+def holds(check: Check, settings: Settings) -> bool:
+    """Whether a look at the held-out seeds ends the training."""
+    return settings.check_every > 0 and min(check.scores) >= settings.held
 
 
 def one_pass(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
