@@ -134,7 +134,7 @@ class Progress:
         if time.monotonic() - self.shown > PREVIEW_SECONDS:
             self.shown = time.monotonic()
             preview = ("JPEG", contact_sheet(images), 512)
-        step = len(run.loss)
+        step = len(run.loss) + run.skipped
         self.bar.update_absolute(step, self.steps, preview)
         server, scores = PromptServer.instance, run.scores[-1]
         event = {"node": self.node_id, "step": step, "steps": self.steps, "loss": run.loss[-1], "scores": scores}
@@ -144,7 +144,8 @@ class Progress:
 
     def end(self, run: Run) -> None:
         """Leave one line on the node: how many steps it took, and why it ended."""
-        PromptServer.instance.send_progress_text(f"{len(run.loss)} steps: {run.stopped}", self.node_id)
+        skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
+        PromptServer.instance.send_progress_text(f"{len(run.loss)} steps{skipped}: {run.stopped}", self.node_id)
 
 
 def contact_sheet(images: Tensor, most: int = 4) -> Image.Image:

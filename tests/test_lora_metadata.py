@@ -68,6 +68,7 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
     assert (story["prompts"], story["steps_done"], story["alpha"]) == (3, 2, 8.0)
     assert (story["judge"], story["model"]) == ("tiny random judge", "SDXL")
     assert story["settings"]["learning_rate"] == 3e-4
+    assert (story["stopped"], story["steps_skipped"]) == ("all steps done", 0)
     assert story["held_out_scores_before"] == run.checks[0].scores
     assert story["held_out_scores_after"] == run.checks[-1].scores
 

@@ -19,6 +19,7 @@ from .objective import Objective
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
+STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
 # ones how it is drawn.
@@ -78,7 +79,9 @@ class Check:
 
 @dataclass
 class Run:
-    """What happened: loss and mean P(wanted answer) [Q] of every step, the checks, why it ended.
+    """What happened: loss and mean P(wanted answer) [Q] of every step taken, the checks, why it ended.
+
+    ``skipped`` counts the steps that were not taken because their gradient was not finite.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
     one with the LoRA that was kept.
@@ -87,6 +90,7 @@ class Run:
     loss: list[float] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    skipped: int = 0
     stopped: str = "all steps done"
 
 
@@ -94,11 +98,12 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     """Teach ``student`` (already running, see ``ComfyStudent.run``) what ``objective`` asks ``judge``.
 
     Args:
-        on_step: called after every step with the run so far and the step's pictures [B, 3, H, W], unclamped.
+        on_step: called after every step that is taken with the run so far and the step's pictures [B, 3, H, W],
+            unclamped.
     Returns:
         The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0).
     Raises:
-        RuntimeError: no gradient arrives at the LoRA.
+        RuntimeError: no gradient arrives at the LoRA, or none that is finite.
     """
     run = Run()
     parameters = list(student.lora.parameters())
@@ -111,29 +116,25 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         run.stopped = "held before the first step: there is nothing to teach"
         return run
 
+    strikes = 0
     for step in range(1, settings.steps + 1):
-        losses, answers = [], []
-        for _ in range(settings.accumulate):
-            loss, scores, image = one_pass(student, judge, objective, settings, rng)
-            losses.append(loss)
-            answers.append(scores)
-        for parameter in parameters:
-            if parameter.grad is not None:  # some layers of the last block reach no pixel
-                parameter.grad /= student.gradient_scale * settings.accumulate
-        loss, scores = (torch.stack(values).mean(dim=0) for values in (losses, answers))
+        loss, scores, image = passes(student, judge, objective, settings, rng)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        if not torch.isfinite(norm) or (norm == 0 and loss > 0):
+        strikes = 0 if torch.isfinite(norm) else strikes + 1
+        if (norm == 0 and loss > 0) or strikes == (1 if step == 1 else STRIKES):
             raise RuntimeError(
                 f"Step {step}: the gradient that reaches the LoRA has norm {norm.item()}; nothing can be learned from "
                 "it. Lower the learning rate, or load model, VAE and judge in bf16 or fp32."
             )
-        optimizer.step()
+        if strikes:
+            run.skipped += 1
+        else:
+            optimizer.step()
+            average.update()
+            run.loss.append(loss.item())
+            run.scores.append(scores.tolist())
+            on_step(run, image)
         optimizer.zero_grad()
-        average.update()
-
-        run.loss.append(loss.item())
-        run.scores.append(scores.tolist())
-        on_step(run, image)
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             with average.applied():
                 run.checks.append(check(student, judge, objective, settings, step))
@@ -151,6 +152,23 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
 def holds(check: Check, settings: Settings) -> bool:
     """Whether a look at the held-out seeds ends the training."""
     return settings.check_every > 0 and min(check.scores) >= settings.held
+
+
+def passes(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
+    """The passes of one step; leaves the mean of their gradients in the LoRA.
+
+    Returns:
+        Mean loss, mean P(wanted answer) [Q], the last pass's pictures [B, 3, H, W], unclamped.
+    """
+    losses, answers = [], []
+    for _ in range(settings.accumulate):
+        loss, scores, image = one_pass(student, judge, objective, settings, rng)
+        losses.append(loss)
+        answers.append(scores)
+    for parameter in student.lora.parameters():
+        if parameter.grad is not None:  # some layers of the last block reach no pixel
+            parameter.grad /= student.gradient_scale * settings.accumulate
+    return torch.stack(losses).mean(), torch.stack(answers).mean(dim=0), image
 
 
 def one_pass(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):

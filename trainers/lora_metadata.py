@@ -89,6 +89,7 @@ def _story(run: Run, objective: Objective, settings: Settings, judge: str, stude
         "layers": len(student.lora.paths),
         "settings": asdict(settings),
         "steps_done": len(run.loss),
+        "steps_skipped": run.skipped,
         "stopped": run.stopped,
         "held_out_scores_before": run.checks[0].scores,
         "held_out_scores_after": run.checks[-1].scores,
