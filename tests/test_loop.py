@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dual_process.trainers.dual_process import EARLY_STEPS, LATE_STEPS, Settings, train, with_noise
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
@@ -70,8 +71,33 @@ class GreyStudent:
         return self.predict(self.noise(seed), 0).clamp(0, 1)
 
 
-def teach(answer="Yes", **settings):
-    student, pictures = GreyStudent(), []
+class BrokenGradient(GreyStudent):
+    """Sends back no finite gradient in the passes of some numbers, counted from 1."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.broken, self.passes = broken, 0
+
+    def roll(self, noise, k):
+        self.passes += 1
+        return noise
+
+    def decode(self, x0):
+        return x0 * 1.0 if self.passes not in self.broken else _Infinite.apply(x0)
+
+
+class _Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+def teach(answer="Yes", student=None, **settings):
+    student, pictures = student or GreyStudent(), []
     defaults = {"steps": 60, "learning_rate": 0.02, "check_every": 5, "judge_noise": 0.05}
     objective = Objective([Question("Is it bright?", answer)])
     on_step = lambda run, images: pictures.append(images)  # noqa: E731
@@ -103,13 +129,38 @@ def test_learns_no():
 
 
 def test_the_best_check_is_kept():
-    """With steps far too long the brightness swings; the LoRA that is handed back is that of the best check."""
-    student, run, _ = teach(steps=23, learning_rate=2.0, check_every=1, held=1.1, anchor=0.0)
-    best = max(run.checks, key=lambda check: check.scores[0])
-    assert run.checks[-1].scores == best.scores
-    assert BrightnessJudge().log_likelihood(best.pictures, [Question("?")]).exp().mean().item() == pytest.approx(
-        best.scores[0]
-    )
+    """With steps far too long the brightness goes past what the judge likes; the LoRA of the best check comes back."""
+
+    class MiddleJudge(BrightnessJudge):
+        def log_likelihood(self, images, questions):
+            return super().log_likelihood(0.7 - (images - 0.5).abs(), questions)
+
+    student, goal = GreyStudent(), Objective([Question("Is it neither dark nor bright?")])
+    settings = Settings(steps=5, learning_rate=0.1, check_every=1, held=1.1, anchor=0.0, average=0.0)
+    run = train(student, MiddleJudge(), goal, settings, lambda *_: None)
+    best = max(run.checks[:-1], key=lambda check: check.scores[0])
+    assert best.scores[0] > run.checks[-2].scores[0], "the last look is not the best one"
+    assert best.step > 0 and run.checks[-1] is best
+    assert torch.equal(student.draw(2**31), best.pictures[:2])
+
+
+def test_the_average_is_checked_and_kept_but_not_trained_from():
+    def shifts(average, check_every):
+        student, seen = GreyStudent(), []
+        note = lambda run, images: seen.append(student.lora.shift.item())  # noqa: E731
+        settings = Settings(steps=8, learning_rate=0.02, check_every=check_every, held=1.1, average=average)
+        run = train(student, BrightnessJudge(), Objective([Question("Is it bright?")]), settings, note)
+        return seen, student.lora.shift.item(), run
+
+    trained, kept, run = shifts(average=0.7, check_every=1)
+    averaged = trained[0]
+    for step, shift in enumerate(trained[1:], start=2):
+        averaged += max(0.3, 1 / step) * (shift - averaged)
+    assert averaged < 0.9 * trained[-1]
+    assert kept == pytest.approx(averaged)
+    assert (run.checks[-1].pictures[:2] - GreyStudent().draw(2**31)).mean().item() == pytest.approx(averaged, abs=1e-5)
+    assert trained == shifts(average=0.7, check_every=0)[0] == shifts(average=0.0, check_every=1)[0]
+    assert shifts(average=0.0, check_every=1)[1] == trained[-1]
 
 
 def test_the_anchor_holds_back():
@@ -141,13 +192,21 @@ def test_which_steps_are_learned():
 
 def test_accumulated_passes_are_one_larger_batch():
     """Four passes make the step that one pass with the mean of their gradients makes."""
-    quiet = {"steps": 1, "judge_noise": 0.0, "anchor": 0.0, "check_every": 0}
+    stepped = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: stepped.append(optimizer.param_groups[0]["params"][0].grad.item())
+    )
+    quiet = {"steps": 1, "judge_noise": 0.0, "anchor": 0.0, "check_every": 0, "clip": 1e9}
     student, run, _ = teach(accumulate=4, **quiet)
+    hook.remove()
     trained = [seed for seed in student.seeds if seed >= 2**32]
     assert len(trained) == 4 and len(run.loss) == 1
-    loss_of = Objective([Question("Is it bright?")])
-    losses = [loss_of(BrightnessJudge(), GreyStudent().draw(seed))[0].item() for seed in trained]
-    assert run.loss[0] == pytest.approx(sum(losses) / 4)
+    alone = GreyStudent()
+    losses = [Objective([Question("Is it bright?")])(BrightnessJudge(), alone.draw(seed))[0] for seed in trained]
+    mean = sum(losses) / 4
+    mean.backward()
+    assert run.loss[0] == pytest.approx(mean.item())
+    assert stepped == [pytest.approx(alone.lora.shift.grad.item())]
 
 
 def test_a_dead_gradient_is_an_error():
@@ -155,6 +214,18 @@ def test_a_dead_gradient_is_an_error():
     student.decode = lambda x0: x0.detach().requires_grad_()
     with pytest.raises(RuntimeError, match="norm 0"):
         train(student, BrightnessJudge(), Objective([Question("Is it bright?")]), Settings(steps=3), print)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out():
+    student, run, pictures = teach(student=BrokenGradient({3, 4, 6}), steps=8, check_every=0)
+    assert run.skipped == 3 and len(run.loss) == len(run.scores) == len(pictures) == 5
+    assert student.lora.shift.isfinite() and student.lora.shift > 0 and len(run.checks) == 2
+
+
+@pytest.mark.parametrize("broken, step", [({1}, 1), ({2, 4, 5, 6}, 6)])
+def test_too_many_of_them_are_an_error(broken, step):
+    with pytest.raises(RuntimeError, match=f"Step {step}: .* norm (inf|nan)"):
+        teach(student=BrokenGradient(broken), steps=8, check_every=0)
 
 
 def test_objectives_by_hand():
