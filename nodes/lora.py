@@ -1,8 +1,8 @@
 """Using and keeping what was learned."""
 
+import logging
 from pathlib import Path
 
-import comfy.sd
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from ..trainers.diffusers_lora import to_diffusers
 from ..trainers.lora_file import new_lora_path, save_lora
+from ..trainers.lora_fit import fit
 from .types import CATEGORY, LoRAType
 
+logger = logging.getLogger(__name__)
+READABLE = (".safetensors", ".sft")  # ComfyUI lists pickles in models/loras as well
 FROM_TRAINER = "(the connected LoRA)"
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 
@@ -19,6 +22,11 @@ COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 def loras_folder() -> Path:
     """The folder that new LoRAs are written into."""
     return Path(folder_paths.get_folder_paths("loras")[0]).resolve()
+
+
+def saved_loras() -> list[str]:
+    """Names of the files in models/loras that can be read without trusting them."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(READABLE)]
 
 
 def read_lora(name: str) -> dict[str, torch.Tensor]:
@@ -40,7 +48,7 @@ class ApplyLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to control; the one that was trained, or a relative."),
                 io.Combo.Input(
                     "lora_name",
-                    options=[FROM_TRAINER, *folder_paths.get_filename_list("loras")],
+                    options=[FROM_TRAINER, *saved_loras()],
                     tooltip="A saved LoRA, used when no trainer is connected.",
                 ),
                 io.Float.Input(
@@ -58,11 +66,20 @@ class ApplyLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name, strength, lora=None):
+        name = "the connected LoRA" if lora is not None else lora_name
         if lora is None:
             if lora_name == FROM_TRAINER:
                 raise ValueError("LoRA Apply has no LoRA: connect a trainer, or choose a file in lora_name.")
             lora = read_lora(lora_name)
-        controlled, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)
+        patches, left_over = fit(lora, model.model, name)
+        if left_over:
+            model_class = type(model.model).__name__
+            logger.warning(
+                "LoRA Apply: %d of the %d tensors of %s fit no layer of %s, first '%s'; the others are applied.",
+                len(left_over), len(lora), name, model_class, left_over[0],
+            )  # fmt: skip
+        controlled = model.clone()
+        controlled.add_patches(patches, strength)
         return io.NodeOutput(controlled)
 
 

@@ -1,11 +1,11 @@
 """The inputs of the trainer, in the order in which workflows save them: only ever append to the last group."""
 
 import comfy.samplers
-import folder_paths
 from comfy_api.latest import io
 
 from ..trainers.dual_process import LEARN_AT
 from ..trainers.objective import LIKELIHOOD, MARGIN
+from .lora import saved_loras
 from .types import JudgeType, PromptsType, QuestionsType
 
 NEW_LORA = "(a new LoRA)"
@@ -163,7 +163,7 @@ def _further() -> list[io.Input]:
         ),
         io.Combo.Input(
             "continue_from",
-            options=[NEW_LORA, *folder_paths.get_filename_list("loras")],
+            options=[NEW_LORA, *saved_loras()],
             tooltip="A saved LoRA to train further, of the same rank. A LoRA that is on the model already "
             "stays as it is, and a second one is learned on top.",
         ),

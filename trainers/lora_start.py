@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import comfy.lora
-import comfy.lora_convert
 import torch
 from comfy.model_base import BaseModel
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from .lora import LoRA
+from .lora_fit import fit
 
 INSTEAD = "or put the file on the model with a LoRA loader: the trainer then learns a second LoRA on top of it."
 
@@ -24,14 +23,13 @@ def start_from(lora: LoRA, tensors: dict[str, Tensor], model: BaseModel) -> None
     Args:
         tensors: what the file holds: ``A`` [rank, in], ``B`` [out, rank], and perhaps an alpha, of each layer.
     Raises:
-        ValueError: the file has layers that ``lora`` has not, another rank, another width, or is no plain LoRA.
+        ValueError: the file is for another model, has layers that ``lora`` has not, another rank, another width, or is
+            no plain LoRA.
     """
-    names = comfy.lora.model_lora_keys_unet(model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(tensors), names, log_missing=False)
+    patches, left_over = fit(tensors, model, "the LoRA to continue")
     adapters = {f"diffusion_model.{path}.weight": adapter for path, adapter in zip(lora.paths, lora.adapters)}
     strange = [key for key, patch in patches.items() if key not in adapters or not _is_plain(patch)]
-    read = set().union(*(patch.loaded_keys for patch in patches.values() if _is_plain(patch)))
-    _refuse_strange(strange or [key for key in tensors if key not in read])
+    _refuse_strange(strange or left_over)
     for key, patch in patches.items():
         up, down, alpha, *_ = patch.weights
         adapter, rank = adapters[key], down.shape[0]

@@ -1,0 +1,90 @@
+"""LoRA Apply: files that fit the model, some that fit a little, and some that do not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from dual_process.tests.gradients import give_lora_a_value
+from dual_process.trainers.lora_file import save_lora
+
+
+@pytest.fixture
+def lab(comfy):
+    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
+    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
+
+    from dual_process.tests import architectures
+
+    with torch.inference_mode():
+        yield architectures
+
+
+@pytest.fixture
+def loras(comfy):
+    """ComfyUI's models/loras."""
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def learned(lab, name: str) -> dict[str, torch.Tensor]:
+    """The file of a LoRA that does something."""
+    lora = lab.build_student(name).lora
+    give_lora_a_value(lora)
+    return lora.export()
+
+
+def test_draws_what_the_stock_loader_draws(lab, loras):
+    import nodes
+    from dual_process.nodes.lora import ApplyLoRA
+
+    save_lora(learned(lab, "SD3"), loras / "sd3.safetensors")
+    model = lab.build_model("SD3")
+    (stock,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, "sd3.safetensors", 0.7)
+    ours = ApplyLoRA.execute(model, "sd3.safetensors", 0.7).result[0]
+    assert torch.equal(lab.sample(ours, "SD3"), lab.sample(stock, "SD3"))
+    assert not torch.equal(lab.sample(ours, "SD3"), lab.sample(model, "SD3"))
+
+
+def test_a_file_of_another_model_is_an_error_that_names_both(lab, loras):
+    from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
+
+    foreign = learned(lab, "FLUX dev")
+    save_lora(foreign, loras / "flux.safetensors")
+    with pytest.raises(ValueError, match=f"None of the {len(foreign)} tensors of flux.safetensors fits SD3"):
+        ApplyLoRA.execute(lab.build_model("SD3"), "flux.safetensors", 1.0)
+    with pytest.raises(ValueError, match="of the connected LoRA fits SD3"):
+        ApplyLoRA.execute(lab.build_model("SD3"), FROM_TRAINER, 1.0, foreign)
+
+
+def test_what_does_not_fit_of_a_file_is_counted_in_the_log(lab, caplog):
+    from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
+
+    file, model = learned(lab, "SD3"), lab.build_model("SD3")
+    with caplog.at_level(logging.WARNING):
+        ApplyLoRA.execute(model, FROM_TRAINER, 1.0, file)
+        assert not caplog.records
+        more = {**file, "lora_te1_x.lora_up.weight": torch.ones(2, 2), "lora_te1_x.lora_down.weight": torch.ones(2, 2)}
+        controlled = ApplyLoRA.execute(model, FROM_TRAINER, 1.0, more).result[0]
+    assert len(controlled.patches) == len(file) // 2
+    assert f"2 of the {len(more)} tensors of the connected LoRA fit no layer of SD3, first 'lora_te1" in caplog.text
+
+
+def test_only_files_that_can_be_read_are_offered(lab, loras):
+    from dual_process.nodes.lora import ApplyLoRA
+    from dual_process.nodes.trainer import Trainer
+
+    for name in ("pickled.pt", "pickled.ckpt", "fine.safetensors"):
+        (loras / name).touch()
+    try:
+        for node, box in ((ApplyLoRA, "lora_name"), (Trainer, "continue_from")):
+            kind, options = node.GET_NODE_INFO_V1()["input"]["required"][box]
+            offered = options["options"] if kind == "COMBO" else kind
+            assert "fine.safetensors" in offered and not [name for name in offered if name.startswith("pickled")]
+    finally:
+        for name in ("pickled.pt", "pickled.ckpt", "fine.safetensors"):
+            (loras / name).unlink()
