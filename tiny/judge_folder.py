@@ -9,7 +9,6 @@ from typing import Any
 
 from .questions import KEEP_WORDINGS, SUFFIX, WORDINGS
 
-NAME = "dual_process_tiny_judge"
 IMAGE_SIDE, PATCH, SHUFFLE, VOCABULARY = 64, 8, 2, 512
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH // SHUFFLE) ** 2
 ANSWERS = ("Yes", "No")
