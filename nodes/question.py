@@ -38,13 +38,20 @@ class AskQuestion(io.ComfyNode):
                     tooltip="How much this question counts beside the others in the chain.",
                 ),
                 QuestionsType.Input("questions", optional=True, tooltip="Questions that come before this one."),
+                io.Boolean.Input(
+                    "keep",
+                    default=False,
+                    optional=True,
+                    tooltip="On: this is not taught but has to stay as true as it was before training, for example "
+                    "'Is this still a photo of a man?'.",
+                ),
             ],
             outputs=[QuestionsType.Output(display_name="questions", tooltip="All questions of the chain.")],
         )
 
     @classmethod
-    def execute(cls, text, answer, weight, questions=None):
-        return io.NodeOutput([*(questions or []), Question(text, answer, weight)])
+    def execute(cls, text, answer, weight, keep=False, questions=None):
+        return io.NodeOutput([*(questions or []), Question(text, answer, weight, keep)])
 
 
 class MorePrompts(io.ComfyNode):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -242,6 +244,42 @@ def test_objectives_by_hand():
     assert both.item() == pytest.approx((3 * -wanted + -other) / 4) and p.shape == (1, 2)
     with pytest.raises(ValueError, match="No question"):
         Objective([])
+
+
+def test_a_question_to_keep_pushes_only_when_it_got_worse():
+    """The judge's log-odds are 8 * (brightness - 0.5); before training the answer to keep had those of 0.25."""
+    kept = [Question("Is it bright?"), Question("Is it a picture?", keep=True)]
+    before = Objective(kept, margin=5.0).start_from([0.5, torch.tensor(-2.0).sigmoid().item()])
+    for brightness, keep_loss in ((0.25, 0.0), (0.5, 0.0), (0.125, 1.0)):
+        loss, scores = before(BrightnessJudge(), torch.full((1, 3, 2, 2), brightness))
+        odds = 8 * (brightness - 0.5)
+        assert loss.item() == pytest.approx((5.0 - odds + keep_loss) / 2, abs=1e-6)
+        assert scores.tolist()[0] == pytest.approx([1 / (1 + math.exp(-odds))] * 2)
+    likelihood = replace(before, kind=LIKELIHOOD)
+    assert likelihood(BrightnessJudge(), torch.full((1, 3, 2, 2), 0.25))[0].item() == pytest.approx(
+        -torch.nn.functional.logsigmoid(torch.tensor(-2.0)).item() / 2
+    )
+    with pytest.raises(ValueError, match="one to keep"):
+        Objective(kept[1:])
+
+
+def test_standing_is_the_worst_question():
+    objective = Objective([Question("a"), Question("b"), Question("c", keep=True)]).start_from([0.1, 0.2, 0.8])
+    assert objective.standing([0.9, 0.7, 0.8]) == 0.7
+    assert objective.standing([0.9, 0.9, 0.6]) == pytest.approx(0.75)
+    assert objective.standing([0.9, 0.95, 0.9]) == 0.9
+
+
+def test_a_score_does_not_ask_for_more_than_the_judge_can_give():
+    """Half of its probability goes to other words; of what is left for Yes and No, Yes has most."""
+
+    class Hesitant(BrightnessJudge):
+        def log_likelihood(self, images, questions):
+            return super().log_likelihood(images, questions) + math.log(0.5)
+
+    white = torch.ones(1, 3, 2, 2)
+    assert Objective([Question("?")], MARGIN)(Hesitant(), white)[1].item() == pytest.approx(1 / (1 + math.exp(-4)))
+    assert Objective([Question("?")], LIKELIHOOD)(Hesitant(), white)[1].item() == pytest.approx(0.5 / (1 + math.exp(-4)))
 
 
 def test_noise_has_the_strength_it_says():

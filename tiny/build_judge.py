@@ -25,6 +25,7 @@ from .training import Average, descend, learning_rate
 log = logging.getLogger(__name__)
 
 LOOK_STEPS, STEPS, FINISH_STEPS, SCENES, ASKED, PEAK_RATE = 400, 1800, 1200, 32, 3, 1.5e-3
+SLOPE = 0.2  # weight of the distance between log-odds and wanted log-odds
 ATTACK = 2.0  # L2 distance over all channels and pixels
 EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 3.0, 5.5, -5.0  # wanted log-odds at the gap's edge, at the far end, of a ruin
 
@@ -115,6 +116,16 @@ class Pictures:
     def _pick(self, choices: dict[str, Ruin]) -> Ruin:
         return list(choices.values())[int(torch.randint(0, len(choices), (), generator=self.generator))]
 
+    def _factors(self, count: int) -> Tensor:
+        """u [B, 8]; in a quarter of the scenes one property is on its way between its halves, where a picture that is
+        being taught passes."""
+        g = self.generator
+        u = torch.rand(count, len(scenes.FACTORS), generator=g)
+        rows = torch.arange(0, count, 4)
+        columns = torch.randint(0, len(scenes.PROPERTIES), (len(rows),), generator=g)
+        u[rows, columns] = 0.5 + scenes.GAP_SHARE * (torch.rand(len(rows), generator=g) - 0.5)
+        return u.to(self.device)
+
     def _render(self, u: Tensor) -> Tensor:
         """Scenes whose sun stands anywhere in the sky: it must not tell where the horizon is."""
         a = scenes.attributes(u)
@@ -124,11 +135,11 @@ class Pictures:
     def next(self, count: int = SCENES) -> tuple[Tensor, Tensor, Tensor]:
         """(pictures [B, 3, 64, 64] in about 0..1, u [B, 8], ruined [B])"""
         g = self.generator
-        u = torch.rand(count, len(scenes.FACTORS), generator=g).to(self.device)
+        u = self._factors(count)
         images = self._render(u)
         if self.pool is not None:
             rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=g).to(self.device)
-            u[::2], images[::2] = self.pool[0][rows], self.pool[1][rows]
+            u[1::2], images[1::2] = self.pool[0][rows], self.pool[1][rows]
         ruined = torch.arange(count, device=self.device) < count * 7 // 16
         for row in range(int(ruined.sum())):
             images[row:row + 1] = self._pick(RUINS)(images[row:row + 1], g)
@@ -151,7 +162,9 @@ def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tenso
     yes = torch.sigmoid(odds)
     graded = -(yes * answer[..., ids["yes"]] + (1 - yes) * answer[..., ids["no"]]).mean()
     stop = nn.functional.cross_entropy(logits[:, :, 1].flatten(0, 1), torch.full_like(last.flatten(), ids["end"]))
-    return graded + 0.1 * stop, answer[..., ids["yes"]] - answer[..., ids["no"]], odds
+    answer_odds = answer[..., ids["yes"]] - answer[..., ids["no"]]
+    slope = nn.functional.smooth_l1_loss(answer_odds, odds)  # cross-entropy alone leaves sure answers flat
+    return graded + SLOPE * slope + 0.1 * stop, answer_odds, odds
 
 
 def attacked(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
@@ -162,7 +175,7 @@ def attacked(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Te
     second sun is an L2 distance of 4, a horizon moved by 10 px one of 13.
     """
     images, u, ruined = batch
-    rows = slice(1, None, 2)
+    rows = torch.randperm(len(images), generator=generator)[: len(images) // 2].to(images.device)
     moved = images[rows].clone().requires_grad_()
     loss, _, _ = _loss(model, prompts, (moved, u[rows], ruined[rows]), asked[rows], ids)
     (gradient,) = torch.autograd.grad(loss, moved)

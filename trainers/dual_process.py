@@ -40,8 +40,8 @@ class Settings:
             it takes away the pixel patterns that fool a judge.
         clip: gradient norm at most.
         check_every: steps between looks at the held-out seeds; 0 never looks.
-        held: mean P(wanted answer) on the held-out seeds, for every question, at which training stops (or does not
-            begin), if ``check_every`` is not 0.
+        held: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
+            ``check_every`` is not 0.
         check_seeds: number of held-out seeds.
         learn_at: a key of ``LEARN_AT``: the sampler's steps k that are drawn from. ``any step`` is the paper's choice.
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Check:
-    """A look at the held-out seeds: after which step, mean P(wanted answer) [Q], pictures [N, 3, H, W] in 0..1."""
+    """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1."""
 
     step: int
     scores: list[float]
@@ -79,7 +79,7 @@ class Check:
 
 @dataclass
 class Run:
-    """What happened: loss and mean P(wanted answer) [Q] of every step taken, the checks, why it ended.
+    """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
 
     ``skipped`` counts the steps that were not taken because their gradient was not finite.
 
@@ -111,8 +111,16 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     rng = torch.Generator().manual_seed(settings.seed)
     run.checks.append(check(student, judge, objective, settings, step=0))
     average = Average(parameters, settings.average)
+    objective = objective.start_from(run.checks[0].scores)
+
+    def standing(check: Check) -> float:
+        return objective.standing(check.scores)
+
+    def holds(check: Check) -> bool:
+        return settings.check_every > 0 and standing(check) >= settings.held
+
     best, kept = run.checks[0], student.lora.snapshot()
-    if holds(best, settings):
+    if holds(best):
         run.stopped = "held before the first step: there is nothing to teach"
         return run
 
@@ -138,9 +146,9 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             with average.applied():
                 run.checks.append(check(student, judge, objective, settings, step))
-                if settings.check_every == 0 or min(run.checks[-1].scores) >= min(best.scores):
+                if settings.check_every == 0 or standing(run.checks[-1]) >= standing(best):
                     best, kept = run.checks[-1], student.lora.snapshot()
-            if holds(run.checks[-1], settings):
+            if holds(run.checks[-1]):
                 run.stopped = f"held at step {step}"
                 break
     student.lora.load_state_dict(kept)
@@ -149,16 +157,11 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     return run
 
 
-def holds(check: Check, settings: Settings) -> bool:
-    """Whether a look at the held-out seeds ends the training."""
-    return settings.check_every > 0 and min(check.scores) >= settings.held
-
-
 def passes(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
     """The passes of one step; leaves the mean of their gradients in the LoRA.
 
     Returns:
-        Mean loss, mean P(wanted answer) [Q], the last pass's pictures [B, 3, H, W], unclamped.
+        Mean loss, mean score [Q], the last pass's pictures [B, 3, H, W], unclamped.
     """
     losses, answers = [], []
     for _ in range(settings.accumulate):
@@ -175,7 +178,7 @@ def one_pass(student, judge, objective: Objective, settings: Settings, rng: torc
     """One batch of pictures, judged; adds ``gradient_scale`` times the loss's gradient to the LoRA's.
 
     Returns:
-        Loss, mean P(wanted answer) [Q], pictures [B, 3, H, W], unclamped.
+        Loss, mean score [Q], pictures [B, 3, H, W], unclamped.
     """
     seed, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.prompts))
     steps = settings.learned_steps(student.steps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,35 +23,64 @@ class Objective:
     judge's leaning to one answer and stops pushing once the answer is won, which is what keeps pictures from being
     burnt for a last per mille of probability. Questions with other answers fall back to cross-entropy.
 
+    A question to keep pushes only as long as its answer is less likely than before training.
+
     Args:
-        questions: at least one; weights are relative.
+        questions: at least one that is not to keep; weights are relative.
         kind: ``LIKELIHOOD`` or ``MARGIN``.
         margin: log-odds at which a Yes/No question counts as won; 5 is a probability of 0.993.
+        before: scores of all questions before training, see ``start_from``; empty: nothing is known of it.
     Raises:
-        ValueError: no question.
+        ValueError: no question to teach.
     """
 
     questions: list[Question]
     kind: str = MARGIN
     margin: float = 5.0
+    before: tuple[float, ...] = ()
 
     def __post_init__(self):
         if not self.questions:
             raise ValueError("No question is connected. Add a Question node and connect it to the trainer.")
+        if all(question.keep for question in self.questions):
+            raise ValueError("Every question is one to keep. Add a Question with 'keep' off: what is to be taught.")
+
+    def start_from(self, scores: list[float]) -> Objective:
+        """The same objective, knowing that the questions had these scores before training."""
+        return replace(self, before=tuple(scores))
 
     def __call__(self, judge, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss (scalar) and P(wanted answer) [B, Q], detached, of ``images`` [B, 3, H, W] in 0..1."""
+        """Loss (scalar) and scores [B, Q] in 0..1, detached, of ``images`` [B, 3, H, W] in 0..1.
+
+        A score is P(wanted answer); with ``MARGIN``, for a Yes/No question, P(wanted) / (P(wanted) + P(other)).
+        """
         opposites = [q.opposite() if self.kind == MARGIN else None for q in self.questions]
-        asked = [*self.questions, *(o for o in opposites if o is not None)]
-        log_p = judge.log_likelihood(images, asked)
-        wanted = log_p[:, : len(self.questions)]
-        losses, following = [], len(self.questions)
+        log_p = judge.log_likelihood(images, [*self.questions, *(o for o in opposites if o is not None)])
+        others = iter(log_p.T[len(self.questions) :])
+        losses, scores = [], []
         for i, opposite in enumerate(opposites):
+            wanted = log_p[:, i]
             if opposite is None:
-                losses.append(-wanted[:, i])
-                continue
-            losses.append(torch.relu(self.margin - (wanted[:, i] - log_p[:, following])))
-            following += 1
+                losses.append(torch.relu(self._goal(i, torch.log, 0.0) - wanted))
+                scores.append(wanted.exp())
+            else:
+                odds = wanted - next(others)
+                losses.append(torch.relu(self._goal(i, torch.logit, self.margin) - odds))
+                scores.append(odds.sigmoid())
         weights = log_p.new_tensor([q.weight for q in self.questions])
         loss = (torch.stack(losses, dim=1) * weights).sum(dim=1).mean() / weights.sum()
-        return loss, wanted.detach().exp()
+        return loss, torch.stack(scores, dim=1).detach()
+
+    def _goal(self, i: int, scale: Callable[[Tensor], Tensor], won: float) -> float:
+        """Where question ``i`` stops pushing, on the loss's own scale."""
+        if not (self.questions[i].keep and self.before):
+            return won
+        return min(won, scale(torch.tensor(self.before[i], dtype=torch.float64)).item())
+
+    def standing(self, scores: list[float]) -> float:
+        """How well the worst question does, 0..1: its score, or the share that is left of the score to keep."""
+        shares = [
+            min(score / self.before[i], 1.0) if question.keep and self.before else score
+            for i, (question, score) in enumerate(zip(self.questions, scores))
+        ]
+        return min(shares)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _CLOSED = {"yes": "no", "no": "yes"}
 
@@ -15,6 +15,7 @@ class Question:
         text: the question, as a user would type it.
         answer: the wanted answer; any text, "No" included.
         weight: share of this question in the loss, greater than 0.
+        keep: the answer has to stay as likely as it was before training; it is not taught.
 
     Raises:
         ValueError: the text or the answer is empty, or the weight is not positive.
@@ -23,6 +24,7 @@ class Question:
     text: str
     answer: str = "Yes"
     weight: float = 1.0
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -42,4 +44,4 @@ class Question:
             other = other.upper()
         elif answer[0].isupper():
             other = other.capitalize()
-        return Question(self.text, other, self.weight)
+        return replace(self, answer=other)
