@@ -138,9 +138,10 @@ def _further() -> list[io.Input]:
         ),
         io.Combo.Input(
             "learn_at",
-            options=list(LEARN_AT),
+            options=LEARN_AT,
             tooltip="The sampler steps that are learned from. Early steps decide what is where (with few "
-            "sampler steps, best for composition), late ones how it is drawn.",
+            "sampler steps, best for composition), late ones how it is drawn. Fresh noise: draw once, learn the last "
+            "step under as many noises as 'accumulate' says.",
         ),
         io.Int.Input(
             "accumulate",

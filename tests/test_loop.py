@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dual_process.trainers.dual_process import EARLY_STEPS, LATE_STEPS, Settings, train, with_noise
+from dual_process.trainers.dual_process import (
+    EARLY_STEPS,
+    FRESH_NOISE,
+    LATE_STEPS,
+    Settings,
+    starts,
+    train,
+    with_noise,
+)
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
 from dual_process.vlm.question import Question
 
@@ -62,6 +70,10 @@ class GreyStudent:
 
     def roll(self, noise, k):
         return noise
+
+    def noised(self, x, noise, k):
+        assert k == 0
+        return x + noise
 
     def predict(self, x, k):
         return 0.3 + x + (self.lora.shift if self.lora.on else 0.0)
@@ -192,6 +204,15 @@ def test_which_steps_are_learned():
     assert list(Settings(learn_at=LATE_STEPS).learned_steps(50)) == list(range(37, 50))
 
 
+def test_fresh_noise_draws_once_and_starts_every_pass_with_another_noise():
+    student, rng = GreyStudent(), torch.Generator().manual_seed(0)
+    settings = Settings(learn_at=FRESH_NOISE, accumulate=3)
+    passes = list(starts(student, settings, rng))
+    assert len(student.seeds) == len(set(student.seeds)) == 4 and min(student.seeds) >= 2**32
+    drawn, *noises = (GreyStudent().noise(seed) for seed in student.seeds)
+    assert all(torch.equal(x, drawn + noise) and k == 0 for (x, k), noise in zip(passes, noises, strict=True))
+
+
 def test_accumulated_passes_are_one_larger_batch():
     """Four passes make the step that one pass with the mean of their gradients makes."""
     stepped = []
@@ -279,7 +300,8 @@ def test_a_score_does_not_ask_for_more_than_the_judge_can_give():
 
     white = torch.ones(1, 3, 2, 2)
     assert Objective([Question("?")], MARGIN)(Hesitant(), white)[1].item() == pytest.approx(1 / (1 + math.exp(-4)))
-    assert Objective([Question("?")], LIKELIHOOD)(Hesitant(), white)[1].item() == pytest.approx(0.5 / (1 + math.exp(-4)))
+    raw = Objective([Question("?")], LIKELIHOOD)(Hesitant(), white)[1].item()
+    assert raw == pytest.approx(0.5 / (1 + math.exp(-4)))
 
 
 def test_noise_has_the_strength_it_says():

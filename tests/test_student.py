@@ -70,6 +70,21 @@ def test_gradient_through_the_vae(lab):
     assert student.run(loop, beside=[]) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["SD1.5", "SD3"])
+def test_noise_laid_over_a_finished_latent(lab, name):
+    """SD1.5: x0 + sigma noise (Karras et al., table 1, VE); SD3: (1 - sigma) x0 + sigma noise (rectified flow)."""
+    student = lab.build_student(name)
+
+    def loop():
+        x0, noise, sigma = student.roll(student.noise(1), student.steps), student.noise(2), student.sigmas[1]
+        kept = noise.clone()
+        wanted = x0 + sigma * noise if name == "SD1.5" else (1 - sigma) * x0 + sigma * noise
+        torch.testing.assert_close(student.noised(x0, noise, 1), wanted)
+        assert torch.equal(noise, kept)
+
+    student.run(loop, beside=[])
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_users_model_is_bit_identical_afterwards(lab, name):
     model = lab.build_model(name)

@@ -164,6 +164,14 @@ class ComfyStudent:
         walk = {"extra_args": self._extra_args, "callback": None, "disable": True, **self.sampler.extra_options}
         return self.sampler.sampler_function(self._denoiser, x, self._sigmas[: k + 1], **walk)
 
+    @torch.no_grad()
+    def noised(self, x: Tensor, noise: Tensor, k: int) -> Tensor:
+        """``x``, a latent rolled to the end of the schedule, with the noise of step ``k`` laid over it: x_σk again."""
+        model_sampling = self._guider.inner_model.model_sampling
+        x0 = model_sampling.inverse_noise_scaling(self._sigmas[-1], x)
+        self._denoiser.noise = noise
+        return model_sampling.noise_scaling(self._sigmas[k], noise.clone(), x0, False)
+
     def predict(self, x: Tensor, k: int) -> Tensor:
         """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate)."""
         return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)

@@ -8,7 +8,7 @@ into the LoRA.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +23,9 @@ STRIKES = 3  # steps in a row without a finite gradient that end a run; the firs
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
 # ones how it is drawn.
-ANY_STEP, EARLY_STEPS, LATE_STEPS = "any step", "early steps", "late steps"
-LEARN_AT = {ANY_STEP: (0.0, 1.0), EARLY_STEPS: (0.0, 0.25), LATE_STEPS: (0.75, 1.0)}
+ANY_STEP, EARLY_STEPS, LATE_STEPS, FRESH_NOISE = "any step", "early steps", "late steps", "one draw, fresh noise"
+PARTS = {ANY_STEP: (0.0, 1.0), EARLY_STEPS: (0.0, 0.25), LATE_STEPS: (0.75, 1.0)}
+LEARN_AT = [*PARTS, FRESH_NOISE]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Settings:
         held: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
             ``check_every`` is not 0.
         check_seeds: number of held-out seeds.
-        learn_at: a key of ``LEARN_AT``: the sampler's steps k that are drawn from. ``any step`` is the paper's choice.
+        learn_at: one of ``LEARN_AT``: the sampler's steps k that are learned from, see ``starts``. ``any step`` is the
+            paper's choice.
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
             is checked on held-out seeds, and what is handed back.
-        accumulate: passes of one batch, each with a noise, step and prompt of its own, whose gradients make one step.
+        accumulate: passes of one batch, each with a noise of its own, whose gradients make one step.
     """
 
     steps: int = 100
@@ -64,7 +66,7 @@ class Settings:
 
     def learned_steps(self, steps: int) -> range:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
-        start, end = LEARN_AT[self.learn_at]
+        start, end = PARTS[self.learn_at]
         return range(math.floor(start * steps), math.ceil(end * steps))
 
 
@@ -164,8 +166,8 @@ def passes(student, judge, objective: Objective, settings: Settings, rng: torch.
         Mean loss, mean score [Q], the last pass's pictures [B, 3, H, W], unclamped.
     """
     losses, answers = [], []
-    for _ in range(settings.accumulate):
-        loss, scores, image = one_pass(student, judge, objective, settings, rng)
+    for x, k in starts(student, settings, rng):
+        loss, scores, image = one_pass(student, judge, objective, settings, rng, x, k)
         losses.append(loss)
         answers.append(scores)
     for parameter in student.lora.parameters():
@@ -174,17 +176,36 @@ def passes(student, judge, objective: Objective, settings: Settings, rng: torch.
     return torch.stack(losses).mean(), torch.stack(answers).mean(dim=0), image
 
 
-def one_pass(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
-    """One batch of pictures, judged; adds ``gradient_scale`` times the loss's gradient to the LoRA's.
+def starts(student, settings: Settings, rng: torch.Generator) -> Iterator[tuple[Tensor, int]]:
+    """Where the passes of one step start: x_σk and k.
+
+    ``one draw, fresh noise`` draws once to the end and lays ``accumulate`` noises of the last step over the result
+    (DRaFT-LV, Clark et al., arXiv 2309.17400, section 3.2); otherwise every pass is a draw of its own, up to step k.
+    """
+
+    def draw(k: int) -> Tensor:
+        seed, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.prompts))
+        student.use_prompt(prompt)
+        return student.roll(student.noise(TRAINING_SEEDS + seed), k)
+
+    if settings.learn_at == FRESH_NOISE:
+        x0, k = draw(student.steps), student.steps - 1
+        for _ in range(settings.accumulate):
+            seed = int(torch.randint(2**31, (), generator=rng))
+            yield student.noised(x0, student.noise(TRAINING_SEEDS + seed), k), k
+        return
+    steps = settings.learned_steps(student.steps)
+    for _ in range(settings.accumulate):
+        k = int(torch.randint(steps.start, steps.stop, (), generator=rng))
+        yield draw(k), k
+
+
+def one_pass(student, judge, objective: Objective, settings: Settings, rng: torch.Generator, x: Tensor, k: int):
+    """One batch of pictures from ``x`` at σk, judged; adds ``gradient_scale`` times the loss's gradient to the LoRA's.
 
     Returns:
         Loss, mean score [Q], pictures [B, 3, H, W], unclamped.
     """
-    seed, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.prompts))
-    steps = settings.learned_steps(student.steps)
-    k = int(torch.randint(steps.start, steps.stop, (), generator=rng))
-    student.use_prompt(prompt)
-    x = student.roll(student.noise(TRAINING_SEEDS + seed), k)
     x0 = student.predict(x, k)
     image = student.decode(x0)
 
