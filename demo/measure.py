@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..tiny.drift import drift
 from ..tiny.oracles import holds, measure
+from ..trainers.guards import look
 from ..vlm.judge import Judge
 from ..vlm.question import Question
 
@@ -49,7 +49,7 @@ def evaluate(pictures: Path, judge: Judge, question: Question, about: str) -> di
     """
     before, after = load_pictures(pictures, "before"), load_pictures(pictures, "after")
     had_it = holds(before, about, question.answer)
-    reference, now = drift(before[had_it]), drift(after)
+    reference, now = look(before[had_it]), look(after)
     changes = {}
     for metric in DRIFT_METRICS:
         x, y = reference[metric].mean().item(), now[metric].mean().item()

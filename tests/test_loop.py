@@ -20,6 +20,7 @@ from dual_process.trainers.dual_process import (
     train,
     with_noise,
 )
+from dual_process.trainers.guards import warning
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
 from dual_process.vlm.question import Question
 
@@ -112,7 +113,7 @@ class _Infinite(torch.autograd.Function):
 
 def teach(answer="Yes", student=None, **settings):
     student, pictures = student or GreyStudent(), []
-    defaults = {"steps": 60, "learning_rate": 0.02, "check_every": 5, "judge_noise": 0.05}
+    defaults = {"steps": 60, "learning_rate": 0.02, "check_every": 5, "judge_noise": 0.05, "drift_limit": 0.0}
     objective = Objective([Question("Is it bright?", answer)])
     on_step = lambda run, images: pictures.append(images)  # noqa: E731
     run = train(student, BrightnessJudge(), objective, Settings(**{**defaults, **settings}), on_step)
@@ -150,7 +151,8 @@ def test_the_best_check_is_kept():
             return super().log_likelihood(0.7 - (images - 0.5).abs(), questions)
 
     student, goal = GreyStudent(), Objective([Question("Is it neither dark nor bright?")])
-    settings = Settings(steps=5, learning_rate=0.1, check_every=1, held=1.1, anchor=0.0, average=0.0)
+    off = {"anchor": 0.0, "average": 0.0, "drift_limit": 0.0}
+    settings = Settings(steps=5, learning_rate=0.1, check_every=1, held=1.1, **off)
     run = train(student, MiddleJudge(), goal, settings, lambda *_: None)
     best = max(run.checks[:-1], key=lambda check: check.scores[0])
     assert best.scores[0] > run.checks[-2].scores[0], "the last look is not the best one"
@@ -162,7 +164,8 @@ def test_the_average_is_checked_and_kept_but_not_trained_from():
     def shifts(average, check_every):
         student, seen = GreyStudent(), []
         note = lambda run, images: seen.append(student.lora.shift.item())  # noqa: E731
-        settings = Settings(steps=8, learning_rate=0.02, check_every=check_every, held=1.1, average=average)
+        often = {"check_every": check_every, "held": 1.1, "drift_limit": 0.0}
+        settings = Settings(steps=8, learning_rate=0.02, average=average, **often)
         run = train(student, BrightnessJudge(), Objective([Question("Is it bright?")]), settings, note)
         return seen, student.lora.shift.item(), run
 
@@ -202,6 +205,17 @@ def test_which_steps_are_learned():
     assert list(Settings(learn_at=LATE_STEPS).learned_steps(4)) == [3]
     assert list(Settings(learn_at=EARLY_STEPS).learned_steps(20)) == [0, 1, 2, 3, 4]
     assert list(Settings(learn_at=LATE_STEPS).learned_steps(50)) == list(range(37, 50))
+
+
+def test_drifting_pictures_end_the_training_and_are_not_kept():
+    """The goal is brighter pictures; too much brighter is called ruined, and the LoRA of the check before is kept."""
+    student, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1)
+    *fine, drifted, kept = run.checks
+    said = warning(drifted.changes, 0.1)
+    assert run.stopped == f"at step {drifted.step}, because pictures got {said}" and said
+    assert kept is fine[-1] and kept.step == drifted.step - 1 > 0 and not warning(kept.changes, 0.1)
+    assert 0.3 + student.lora.shift.item() == pytest.approx(kept.pictures.mean().item(), abs=1e-3)
+    assert "pictures got" not in teach(check_every=1, learning_rate=0.01, drift_limit=0.0)[1].stopped
 
 
 def test_fresh_noise_draws_once_and_starts_every_pass_with_another_noise():

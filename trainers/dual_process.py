@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .average import Average
+from .guards import changes, warning
 from .objective import Objective
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
@@ -48,6 +49,7 @@ class Settings:
             paper's choice.
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
             is checked on held-out seeds, and what is handed back.
+        drift_limit: change of the held-out pictures (``guards.changes``) at which training stops; 0 never stops.
         accumulate: passes of one batch, each with a noise of its own, whose gradients make one step.
     """
 
@@ -63,6 +65,7 @@ class Settings:
     learn_at: str = ANY_STEP
     average: float = 0.7
     accumulate: int = 1
+    drift_limit: float = 0.5
 
     def learned_steps(self, steps: int) -> range:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
@@ -72,11 +75,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Check:
-    """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1."""
+    """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
+
+    ``changes``: what became of the pictures of the run's first check, see ``guards.changes``.
+    """
 
     step: int
     scores: list[float]
     pictures: Tensor
+    changes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,7 +154,11 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         optimizer.zero_grad()
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             with average.applied():
-                run.checks.append(check(student, judge, objective, settings, step))
+                run.checks.append(check(student, judge, objective, settings, step, run.checks[0].pictures))
+                drift = warning(run.checks[-1].changes, settings.drift_limit or math.inf)
+                if drift and settings.check_every:
+                    run.stopped = f"at step {step}, because pictures got {drift}"
+                    break
                 if settings.check_every == 0 or standing(run.checks[-1]) >= standing(best):
                     best, kept = run.checks[-1], student.lora.snapshot()
             if holds(run.checks[-1]):
@@ -227,8 +238,11 @@ def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def check(student, judge, objective: Objective, settings: Settings, step: int) -> Check:
-    """Draw the held-out seeds to the end and ask the judge about them."""
+def check(
+    student, judge, objective: Objective, settings: Settings, step: int, before: Tensor | None = None
+) -> Check:
+    """Draw the held-out seeds to the end, ask the judge about them and compare them with those ``before`` training."""
     pictures = torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
     _, scores = objective(judge, pictures)
-    return Check(step, scores.mean(dim=0).tolist(), pictures.cpu())
+    pictures = pictures.cpu()
+    return Check(step, scores.mean(dim=0).tolist(), pictures, {} if before is None else changes(before, pictures))

@@ -1,0 +1,75 @@
+"""How pictures look apart from what they show: numbers that tell a control from a collapse, with no judge asked."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LUMA = (0.299, 0.587, 0.114)
+_SIDE = 64  # pictures are compared with one another at this size
+# Changes of these measures are shares of what they were, or of the number here if that is more: grey pictures that get
+# a little less grey have not lost their colours.
+RELATIVE = {"luminance": 0.05, "saturation": 0.05, "edge_density": 0.005, "colour_entropy": 2.0, "diversity": 0.02}
+WORDS = {
+    "luminance": ("darker", "brighter"),
+    "saturation": ("greyer", "more colourful"),
+    "edge_density": ("emptier", "busier"),
+    "colour_entropy": ("of fewer colours", "of more colours"),
+    "diversity": ("more alike", "more different from each other"),
+    "clipped": ("less black and white", "more burnt to black and white"),
+}
+
+
+def look(images: Tensor) -> dict[str, Tensor]:
+    """Measure pictures [B, 3, H, W] in 0..1 (values outside are clipped); every value is a float tensor [B].
+
+    ``luminance`` and ``saturation`` (largest minus smallest channel) are means in 0..1, ``edge_density`` is the mean
+    luminance step between neighbouring pixels, ``colour_entropy`` the entropy in bits of colours in 8 x 8 x 8 bins, and
+    ``clipped`` the share of pixels that are black or white in all channels.
+    """
+    x = images.detach().float().clamp(0, 1)
+    luma = (x * x.new_tensor(_LUMA)[:, None, None]).sum(1)
+    steps = luma.diff(dim=1).abs().mean((1, 2)) + luma.diff(dim=2).abs().mean((1, 2))
+    bins = (x * 8).long().clamp(max=7)
+    colours = (bins[:, 0] * 64 + bins[:, 1] * 8 + bins[:, 2]).flatten(1)
+    counts = torch.zeros(len(x), 512, device=x.device).scatter_add_(1, colours, torch.ones_like(colours, dtype=x.dtype))
+    share = counts / counts.sum(1, keepdim=True)
+    return {
+        "luminance": luma.mean((1, 2)),
+        "saturation": (x.amax(1) - x.amin(1)).mean((1, 2)),
+        "edge_density": steps / 2,
+        "colour_entropy": -(share * share.clamp(min=1e-12).log2()).sum(1),
+        "clipped": ((x.amin(1) >= 0.98) | (x.amax(1) <= 0.02)).float().mean((1, 2)),
+    }
+
+
+def diversity(images: Tensor) -> float:
+    """Mean root-mean-square distance (0..1) between every two of several pictures [B, 3, H, W], B > 1."""
+    small = F.adaptive_avg_pool2d(images.detach().float(), _SIDE).flatten(1)
+    return (torch.pdist(small).mean() / small.shape[1] ** 0.5).item()
+
+
+def changes(before: Tensor, after: Tensor) -> dict[str, float]:
+    """What became of pictures [B, 3, H, W] in 0..1, B > 1: for each of ``RELATIVE`` the change as a share of what it
+    was, for ``clipped`` how much of the picture was added, and ``distance``, the mean difference of pixels (0..1) if
+    both are of the same seeds."""
+    was, now = ({name: value.mean().item() for name, value in look(x).items()} for x in (before, after))
+    was["diversity"], now["diversity"] = diversity(before), diversity(after)
+    result = {name: (now[name] - was[name]) / max(was[name], floor) for name, floor in RELATIVE.items()}
+    result["clipped"] = now["clipped"] - was["clipped"]
+    if before.shape == after.shape:
+        result["distance"] = (before - after).abs().mean().item()
+    return result
+
+
+def warning(found: dict[str, float], limit: float) -> str:
+    """What left its range of ± ``limit``, in words such as "60 % darker, 52 % more alike"; empty when all is well.
+
+    More different pictures are no fault, and neither are fewer burnt ones.
+    """
+    fine = {name: max(found[name], 0) if name == "clipped" else found[name] for name in WORDS}
+    fine["diversity"] = min(fine["diversity"], 0)
+    return ", ".join(
+        f"{abs(change):.0%} {WORDS[name][change > 0]}" for name, change in fine.items() if abs(change) > limit
+    )
