@@ -86,6 +86,7 @@ class Environment:
     def run(self, arguments: list[str], comfyui: Path) -> int:
         """Run this environment's Python and return its exit code; the child ends before this returns."""
         variables = {**os.environ, "COMFYUI_PATH": str(comfyui), "PYTHONSAFEPATH": "1"}
+        variables["PYTHONDONTWRITEBYTECODE"] = "1"  # a ComfyUI that is the user's gets no __pycache__
         child = subprocess.Popen([str(self.python), *arguments], cwd=ROOT, env=variables)
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:

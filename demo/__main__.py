@@ -156,10 +156,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Run the demo; see `parse_arguments` for its options."""
+def demonstrate(arguments: argparse.Namespace, log: Path) -> str:
+    """Train, draw, measure, and leave everything in the output folder; returns the report in four lines.
+
+    Raises OSError or RuntimeError when ComfyUI does not come up, ends, or does not carry out what it is sent.
+    """
     start = time.monotonic()
-    arguments = parse_arguments()
     from transformers.utils.logging import disable_progress_bar
 
     from ..tiny.questions import QUESTIONS
@@ -169,12 +171,11 @@ def main() -> None:
 
     disable_progress_bar()
     output, pictures = arguments.output, arguments.output / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
     question = Question(QUESTIONS[arguments.question][0], arguments.answer)
     base = PACK / ".comfyui" / "base"
     base.mkdir(parents=True, exist_ok=True)
     print("starting ComfyUI ...", flush=True)
-    with ComfyServer(base, output / "comfyui.log") as server, ComfyClient(server.url) as client:
+    with ComfyServer(base, log) as server, ComfyClient(server.url) as client:
         version = client.get_json("/system_stats")["system"]["comfyui_version"]
         lora_name, train_seconds = train_and_draw(client, question.text, arguments, pictures)
     lora = output / Path(lora_name).name
@@ -186,7 +187,21 @@ def main() -> None:
     report |= {"lora": lora.name, "comfyui": version}
     report |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(summary(report, output))
+    return summary(report, output)
+
+
+def main() -> None:
+    """Run the demo; see `parse_arguments` for its options. A failure is one sentence and exit code 1."""
+    arguments = parse_arguments()
+    try:
+        (arguments.output / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"dev.py demo: --output {arguments.output} cannot be a folder ({error.strerror}): choose another one.")
+    log = arguments.output / "comfyui.log"
+    try:
+        print(demonstrate(arguments, log))
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"dev.py demo: {str(error).splitlines()[0]}\nWhat the server wrote is in {log}")
 
 
 if __name__ == "__main__":

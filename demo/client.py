@@ -81,7 +81,8 @@ class ComfyClient:
     def events(self, prompt_id: str, timeout: float) -> Iterator[Event]:
         """Events of one prompt until it is finished; binary frames come as {"type": "binary", "data": bytes}.
 
-        Raises TimeoutError when the prompt is not finished after `timeout` seconds.
+        Raises TimeoutError when the prompt is not finished after `timeout` seconds, ConnectionError when the server
+        ends.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -90,6 +91,10 @@ class ComfyClient:
                 frame = self._socket.recv()
             except websocket.WebSocketTimeoutException as error:
                 raise TimeoutError(f"the prompt was not finished after {timeout:.0f} s") from error
+            except websocket.WebSocketConnectionClosedException:
+                frame = ""
+            if not frame:
+                raise ConnectionError("ComfyUI ended before the prompt was finished.")
             if isinstance(frame, bytes):
                 yield {"type": "binary", "data": frame}
                 continue
@@ -103,7 +108,7 @@ class ComfyClient:
     def run(self, graph: Graph, on_event: Callable[[Event], None] | None = None, timeout: float = 600) -> Event:
         """Queue a graph, follow it to its end and return {node id: what the node showed}.
 
-        Raises PromptRejected, PromptFailed, PromptInterrupted or TimeoutError.
+        Raises PromptRejected, PromptFailed, PromptInterrupted, TimeoutError or ConnectionError.
         """
         prompt_id, outputs = self.queue(graph), {}
         for event in self.events(prompt_id, timeout):

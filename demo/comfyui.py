@@ -132,10 +132,10 @@ class ComfyServer:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise RuntimeError(f"ComfyUI stopped while starting; the end of {self.log}:\n{self.log_tail()}")
+                raise RuntimeError(f"ComfyUI stopped while starting.\nThe end of {self.log}:\n{self.log_tail()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/system_stats", timeout=5):
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
-        raise RuntimeError(f"ComfyUI was silent for {START_SECONDS} s; the end of {self.log}:\n{self.log_tail()}")
+        raise RuntimeError(f"ComfyUI was silent for {START_SECONDS} s.\nThe end of {self.log}:\n{self.log_tail()}")

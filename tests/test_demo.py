@@ -1,6 +1,7 @@
 """`dev.py demo` end to end with a very short training run: what it leaves behind, and whether the report is true."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dual_process.demo.__main__ import summary
-from dual_process.demo.comfyui import PACK
+from dual_process.demo.client import ComfyClient
+from dual_process.demo.comfyui import PACK, ComfyServer
 from dual_process.demo.measure import evaluate
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
@@ -31,6 +33,39 @@ def demo(comfyui, tmp_path_factory):
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((output / "report.json").read_text())
     return SimpleNamespace(output=output, report=report, printed=result.stdout)
+
+
+def failed(*arguments, **variables):
+    """What a demo that ends with exit code 1 leaves on stderr."""
+    command = [sys.executable, "-m", "dual_process.demo", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **variables})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()
+
+
+def test_a_folder_that_cannot_be_one_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    (line,) = failed("--output", str(tmp_path / "file"))
+    assert f"--output {tmp_path / 'file'} cannot be a folder" in line
+
+
+def test_a_server_that_dies_is_a_sentence_and_the_place_of_its_log(tmp_path):
+    (tmp_path / "comfyui_version.py").touch()
+    (tmp_path / "main.py").write_text("raise SystemExit('no such GPU')")
+    *_, what, where = failed("--output", str(tmp_path / "out"), COMFYUI_PATH=str(tmp_path))
+    log = tmp_path / "out" / "comfyui.log"
+    assert what == "dev.py demo: ComfyUI stopped while starting." and where.endswith(str(log))
+    assert "no such GPU" in log.read_text()
+
+
+def test_a_server_that_ends_while_it_works_is_a_connection_error(comfyui, tmp_path):
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+    with ComfyServer(tmp_path, tmp_path / "log", comfyui) as server, ComfyClient(server.url) as client:
+        with pytest.raises(ConnectionError):
+            client.run(graph, lambda event: server.stop())
 
 
 def test_leaves_pictures_lora_and_report(demo):

@@ -1,6 +1,8 @@
 """dev.py, without installing anything."""
 
 import importlib.util
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,14 @@ def test_comfyui_path_that_is_no_comfyui(tmp_path, monkeypatch):
 def test_unknown_benchmark():
     with pytest.raises(SystemExit, match="there is no benchmark 'nonsense'"):
         dev.benchmark_script("nonsense")
+
+
+def test_nothing_is_written_into_the_users_comfyui(tmp_path):
+    (tmp_path / "server.py").touch()
+    environment = dev.Environment(tmp_path / "venv", [])
+    environment.python = Path(sys.executable)
+    before = signal.getsignal(signal.SIGTERM)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import server"
+    assert environment.run(["-c", code], tmp_path) == 0
+    signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["server.py"]

@@ -11,22 +11,27 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dual_process.tests import vlm_families
 from dual_process.trainers.dual_process import (
     EARLY_STEPS,
     FRESH_NOISE,
     LATE_STEPS,
     Settings,
+    one_pass,
     starts,
     train,
     with_noise,
 )
 from dual_process.trainers.guards import warning
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
+from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
 
 
 class BrightnessJudge:
     """Says Yes with the logit 8 * (mean brightness - 0.5), whatever it is asked."""
+
+    gradient_scale = 16.0
 
     def log_likelihood(self, images, questions):
         logit = 8 * (images.mean(dim=(1, 2, 3)) - 0.5)
@@ -263,6 +268,35 @@ def test_a_step_without_a_finite_gradient_is_left_out():
 def test_too_many_of_them_are_an_error(broken, step):
     with pytest.raises(RuntimeError, match=f"Step {step}: .* norm (inf|nan)"):
         teach(student=BrokenGradient(broken), steps=8, check_every=0)
+
+
+def test_small_gradients_come_through_a_half_precision_judge():
+    """A loss so small that its gradient would vanish in fp16; compared with the same judge in fp32."""
+
+    class Picture(GreyStudent):
+        def __init__(self):
+            super().__init__()
+            pixels = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+            self.lora.shift = nn.Parameter(pixels)
+
+        def predict(self, x, k):
+            return self.lora.shift * 1.0
+
+    def small(judge, images):
+        log_p = judge.log_likelihood(images, [Question("Is the line thick?")])
+        return 1e-5 * log_p.mean(), log_p.detach().exp()
+
+    torch.manual_seed(0)
+    model, processor = vlm_families.idefics3()
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        student, judge = Picture(), Judge(model.to(dtype), processor, "tiny")
+        quiet, rng = Settings(judge_noise=0.0, anchor=0.0), torch.Generator().manual_seed(0)
+        one_pass(student, judge, small, quiet, rng, student.noise(0), 0)
+        gradients.append(student.lora.shift.grad.flatten())
+    exact, half = gradients
+    assert torch.nn.functional.cosine_similarity(exact, half, dim=0) > 0.99
+    assert (half.norm() / exact.norm()).item() == pytest.approx(1, abs=0.05)
 
 
 def test_objectives_by_hand():

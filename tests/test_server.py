@@ -83,9 +83,25 @@ def test_all_nodes_are_there_and_explain_themselves(object_info):
         assert not silent, f"{name}: inputs without a tooltip: {silent}"
 
 
-def test_every_node_has_a_help_page(client):
-    for name in NODE_IDS:
-        assert client.get(f"/extensions/dual_process/docs/{name}.md").startswith(b"# ")
+def explained(page):
+    """The names in the first columns of a help page's tables, by what stands over them: input or output."""
+    columns = {"input": [], "output": []}
+    for cell in [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]:
+        if cell in columns:
+            column = columns[cell]
+        elif cell != "---":
+            column += cell.split(", ")
+    return columns
+
+
+def test_every_node_has_a_help_page_that_explains_every_input_and_output(client, object_info):
+    for name in [name for name in object_info if name.startswith("DualProcess")]:
+        page = client.get(f"/extensions/dual_process/docs/{name}.md").decode()
+        inputs = {**object_info[name]["input"].get("required", {}), **object_info[name]["input"].get("optional", {})}
+        assert page.startswith("# ")
+        columns = explained(page)
+        assert sorted(columns["input"]) == sorted(inputs), name
+        assert sorted(columns["output"]) == sorted(object_info[name]["output_name"]), name
 
 
 def test_template_is_listed_with_its_thumbnail(client):

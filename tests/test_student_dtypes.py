@@ -30,15 +30,17 @@ def lab(comfy):
         yield architectures
 
 
-def gradient(lab, name: str, dtype=torch.float32, compute=None) -> torch.Tensor:
-    """The LoRA's gradient of a fixed direction of pictures, all layers in one vector."""
-    model = lab.build_model(name, dtype=dtype, compute=compute)
-    student = lab.build_student(name, model, vae=lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]))
+def gradient(lab, name: str, dtype=torch.float32, compute=None, vae_dtype=torch.float32, size=1.0) -> torch.Tensor:
+    """The LoRA's gradient of a fixed direction of pictures of some size, all layers in one vector."""
+    model, vae = lab.build_model(name, dtype=dtype, compute=compute), lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    vae.vae_dtype = vae_dtype
+    vae.first_stage_model.to(vae_dtype)
+    student = lab.build_student(name, model, vae=vae)
 
     def loop():
         image = student.decode(student.predict(student.roll(student.noise(3), 0), 0))
         direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(5))
-        ((image * direction).mean() * student.gradient_scale).backward()
+        ((image * direction).mean() * size * student.gradient_scale).backward()
         return torch.cat([p.grad.flatten() for p in student.lora.parameters() if p.grad is not None])
 
     return student.run(loop, beside=[])
@@ -49,6 +51,13 @@ def test_gradient_is_that_of_the_float32_model(lab, name):
     exact = gradient(lab, name)
     for label, (dtype, compute, least) in FORMATS.items():
         assert cosine_similarity(gradient(lab, name, dtype, compute), exact, dim=0) > least, label
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32 model", "bf16 model"])
+def test_small_gradients_come_through_a_half_precision_vae(lab, dtype):
+    exact = gradient(lab, "SD3", size=1e-5)
+    half = gradient(lab, "SD3", dtype, vae_dtype=torch.float16, size=1e-5)
+    assert cosine_similarity(half, exact, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("label", FORMATS)

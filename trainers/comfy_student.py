@@ -214,7 +214,8 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
-        student.gradient_scale = FP16_GRADIENT_SCALE if _computes_in_fp16(model_wrap.inner_model) else 1.0
+        in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
+        student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
             self.result = self.loop()
         return latent_image

@@ -223,11 +223,12 @@ def one_pass(student, judge, objective: Objective, settings: Settings, rng: torc
     # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
     seen = image.detach().clamp(0, 1).requires_grad_()
     loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
-    loss.backward()
+    (loss * judge.gradient_scale).backward()
     with torch.no_grad(), student.lora.disabled():
         drift = x0 - student.predict(x, k)
     pull = settings.anchor * 2 / x0.numel() * drift
-    torch.autograd.backward([image, x0], [seen.grad * student.gradient_scale, pull * student.gradient_scale])
+    push = seen.grad / judge.gradient_scale
+    torch.autograd.backward([image, x0], [push * student.gradient_scale, pull * student.gradient_scale])
     return loss.detach(), scores.mean(dim=0), image.detach()
 
 

@@ -12,6 +12,7 @@ from .prompts import PromptWriter
 from .question import Question
 from .seen import seen_picture
 
+FP16_GRADIENT_SCALE = 1024.0  # keeps the small gradients of pixels from vanishing in half precision
 SOME_SIDE = 64  # px; the tokens of an answer do not depend on the picture's size
 
 
@@ -42,6 +43,11 @@ class Judge:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def gradient_scale(self) -> float:
+        """What gradients are to be multiplied by on their way through the model, and divided by at the picture."""
+        return FP16_GRADIENT_SCALE if self.model.dtype == torch.float16 else 1.0
 
     def check(self, questions: Sequence[Question]) -> None:
         """Find out before any picture is drawn whether every answer can be scored.

@@ -37,6 +37,8 @@ class NativeJudge:
         name: how the judge is called in messages.
     """
 
+    gradient_scale = 1.0  # fp32 arithmetic
+
     def __init__(self, clip, name: str = "Qwen3-VL (CLIP)"):
         self.clip = clip
         self.name = name
