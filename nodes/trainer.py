@@ -16,6 +16,7 @@ from torch import Tensor
 from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
+from ..trainers.guards import warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
 from ..trainers.objective import Objective
@@ -26,7 +27,8 @@ from .types import CATEGORY, LoRAType, LossType
 
 PREVIEW_SECONDS = 0.5
 CHECKED_PICTURES = 4  # held-out pictures at least
-UNCONNECTED = {"negative": None, "more_prompts": (), "sigmas": None, "sampler": None}
+LEFT_OUT = {"negative": None, "more_prompts": (), "sigmas": None, "sampler": None, "drift_limit": 0.5}
+NOTICEABLE = 0.15  # changes of the pictures that are put into words
 
 
 class Trainer(io.ComfyNode):
@@ -55,7 +57,7 @@ class Trainer(io.ComfyNode):
     def execute(cls, judge, questions, objective, self_check, **inputs):
         goal = Objective(questions, objective)
         judge.judge.check(questions)
-        inputs = SimpleNamespace(**{**UNCONNECTED, **inputs})
+        inputs = SimpleNamespace(**{**LEFT_OUT, **inputs})
         settings = settings_from(inputs)
         student = student_from(inputs)
         show = Progress(cls.hidden.unique_id, settings.steps)
@@ -89,6 +91,7 @@ def settings_from(inputs: SimpleNamespace) -> Settings:
         check_seeds=max(2, 1 + len(inputs.more_prompts), math.ceil(CHECKED_PICTURES / batch)),
         learn_at=inputs.learn_at,
         accumulate=inputs.accumulate,
+        drift_limit=inputs.drift_limit,
     )
 
 
@@ -143,9 +146,12 @@ class Progress:
         server.send_progress_text(f"step {step}/{self.steps}: wanted answer {answers}", self.node_id)
 
     def end(self, run: Run) -> None:
-        """Leave one line on the node: how many steps it took, and why it ended."""
+        """Leave one line on the node: how many steps it took, why it ended, and how the pictures changed by it."""
         skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
-        PromptServer.instance.send_progress_text(f"{len(run.loss)} steps{skipped}: {run.stopped}", self.node_id)
+        drift = warning(run.checks[-1].changes, NOTICEABLE) if len(run.checks) > 1 else ""
+        changed = f". Pictures got {drift}" if drift else ""
+        text = f"{len(run.loss)} steps{skipped}: {run.stopped}{changed}"
+        PromptServer.instance.send_progress_text(text, self.node_id)
 
 
 def contact_sheet(images: Tensor, most: int = 4) -> Image.Image:

@@ -168,4 +168,14 @@ def _further() -> list[io.Input]:
             tooltip="A saved LoRA to train further, of the same rank. A LoRA that is on the model already "
             "stays as it is, and a second one is learned on top.",
         ),
+        io.Float.Input(
+            "drift_limit",
+            default=0.5,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            optional=True,
+            tooltip="Training stops when pictures of seeds that are not trained on get darker, greyer, emptier or more "
+            "alike, or the reverse, by more than this share (0.5: half). 0: never.",
+        ),
     ]

@@ -93,4 +93,5 @@ def _story(run: Run, objective: Objective, settings: Settings, judge: str, stude
         "stopped": run.stopped,
         "held_out_scores_before": run.checks[0].scores,
         "held_out_scores_after": run.checks[-1].scores,
+        "held_out_pictures_changed": run.checks[-1].changes,
     }
