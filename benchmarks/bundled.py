@@ -1,0 +1,124 @@
+"""The bundled student and judge as a laboratory: teach, draw seeds that were not trained on, measure the pixels."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dual_process.demo.comfyui import PACK, use_comfyui
+from dual_process.tiny.oracles import holds, measure
+from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
+from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings, train
+from dual_process.trainers.guards import changes
+from dual_process.trainers.objective import MARGIN, Objective
+from dual_process.vlm.loading import load_judge
+from dual_process.vlm.question import Question
+
+PROMPT = "a landscape with two balls"
+BATCH, HELD_OUT, FIRST_SEED = 16, 64, 1_000_000_000
+# as the template "Teach the horizon" has it
+TEMPLATE = Settings(steps=140, learning_rate=1e-3, check_every=10, learn_at=EARLY_STEPS)
+
+
+@dataclass
+class Lesson:
+    """What came of a training: the run, the LoRA's file tensors, held-out pictures [N, 3, H, W] before and after."""
+
+    run: Run
+    lora: dict[str, Tensor]
+    before: Tensor
+    after: Tensor
+    seconds: float
+
+
+class Laboratory:
+    """ComfyUI in this process, with the bundled models loaded by the stock loaders."""
+
+    def __init__(self):
+        use_comfyui(Path(tempfile.mkdtemp(prefix="dual_process_")))
+        import comfy.sd
+
+        from dual_process.tiny.text_encoder import load_tiny_clip
+        from dual_process.trainers.comfy_memory import ManagedJudge
+
+        models = PACK / "tiny" / "models"
+        with torch.inference_mode():
+            self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(
+                str(models / "dual_process_tiny.safetensors"), output_clip=False
+            )[:3]
+            self.clip = load_tiny_clip(models / "dual_process_tiny_text_encoder.safetensors")
+        self.judge = ManagedJudge(load_judge(PACK / "tiny" / "judge", dtype=torch.float32))
+
+    def student(self, prompts=(PROMPT,), loras=(), sampler_steps: int = 4, batch: int = BATCH, seed: int = 0):
+        """A `ComfyStudent` that draws as the template does, its model already carrying ``loras`` (file tensors)."""
+        import comfy.samplers
+        import comfy.sd
+
+        import nodes
+        from dual_process.trainers.comfy_student import ComfyStudent
+
+        model = self.model
+        for lora in loras:
+            model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", sampler_steps)
+        conditionings = [nodes.CLIPTextEncode().encode(self.clip, text)[0] for text in prompts]
+        latent = {"samples": torch.zeros(batch, 16, 8, 8)}
+        sampler = comfy.samplers.sampler_object("euler")
+        return ComfyStudent(model, self.vae, conditionings, None, latent, sigmas, sampler, rank=8, alpha=8.0, seed=seed)
+
+    def draw(self, loras=(), count: int = HELD_OUT) -> Tensor:
+        """Held-out pictures [count, 3, 64, 64] of the bundled model with these LoRAs."""
+        with torch.inference_mode():
+            student = self.student(loras=loras)
+            return student.run(lambda: held_out(student, count), beside=[])
+
+    def teach(
+        self,
+        goals: dict[str, str],
+        settings: Settings = TEMPLATE,
+        keep: bool = True,
+        kind: str = MARGIN,
+        sampler_steps: int = 4,
+    ) -> Lesson:
+        """Teach properties with the answers wanted to their questions, for example ``{"horizon": "No"}``."""
+        questions = [Question(QUESTIONS[about][0], answer) for about, answer in goals.items()]
+        objective = Objective([*questions, *([Question(KEEP_QUESTION, keep=True)] if keep else [])], kind)
+        with torch.inference_mode():
+            student = self.student(sampler_steps=sampler_steps, seed=settings.seed)
+
+            def loop() -> Lesson:
+                before, start = held_out(student, HELD_OUT), time.monotonic()
+                run = train(student, self.judge.judge, objective, settings, lambda *_: None)
+                seconds = time.monotonic() - start
+                return Lesson(run, student.lora.export(), before, held_out(student, HELD_OUT), seconds)
+
+            return student.run(loop, beside=[self.judge.patcher])
+
+
+def held_out(student, count: int) -> Tensor:
+    """Pictures of the first held-out seeds, as PNG files would hold them."""
+    batches = -(-count // student.latent.shape[0])
+    pictures = torch.cat([student.draw(FIRST_SEED + i) for i in range(batches)])[:count]
+    return (pictures * 255).round() / 255
+
+
+def measured(before: Tensor, after: Tensor, about: str, answer: str) -> dict:
+    """Shares in 0..1 of pictures that have the property and that are clean, and ``changes`` against those base pictures
+    that had the property anyway."""
+    had = holds(before, about, answer)
+    return {
+        "before": share(had),
+        "oracle": share(holds(after, about, answer)),
+        "readable": share(measure(after)["readable"]),
+        "changes": changes(before[had], after),
+    }
+
+
+def share(flags: Tensor) -> float:
+    """Mean of a boolean tensor, 0..1."""
+    return flags.float().mean().item()

@@ -1,0 +1,92 @@
+"""How well a control holds, said by functions that measure pixels and know nothing of the judge.
+
+`python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
+property both ways, two properties at once and as two LoRAs, ten times the steps at five times the rate, and the
+published recipe. Rows that are in FILE already are not taught again, so a stopped run goes on where it was; the
+pictures lie beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+from torchvision.utils import make_grid
+
+from dual_process.benchmarks.bundled import TEMPLATE, Laboratory, Lesson, measured
+from dual_process.trainers.dual_process import ANY_STEP, Settings
+from dual_process.trainers.objective import LIKELIHOOD, MARGIN
+
+PROPERTIES = ("horizon", "palette", "line", "depth")
+EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
+PAIR = {"horizon": "Yes", "palette": "No"}
+# Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
+PUBLISHED = Settings(
+    steps=140, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
+)
+
+
+class Table:
+    """Rows in a JSON file, written one by one; their pictures beside it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.rows = json.loads(file.read_text()) if file.exists() else []
+
+    def has(self, name: str, seed: int) -> bool:
+        return any((row["row"], row["seed"]) == (name, seed) for row in self.rows)
+
+    def add(self, name: str, seed: int, lesson: Lesson, goals: dict[str, str]) -> None:
+        """Measure a lesson and write it down."""
+        run = lesson.run
+        row = {"row": name, "seed": seed, "steps": len(run.loss), "stopped": run.stopped}
+        row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores}
+        for about, answer in goals.items():
+            row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
+        self.rows.append(row)
+        self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
+        sheet = make_grid(lesson.after, nrow=8)
+        image = Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
+        image.save(self.file.with_name(f"{self.file.stem}_{name.replace(' ', '_')}_{seed}.png"))
+        print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="rows are added to this file")
+    parser.add_argument("--quick", action="store_true", help="one training seed instead of three")
+    parser.add_argument("--only", default="", help="rows whose name begins so")
+    arguments = parser.parse_args()
+    table, laboratory = Table(arguments.json), Laboratory()
+
+    def teach(name: str, goals: dict[str, str], settings: Settings, keep: bool = True, kind: str = MARGIN) -> None:
+        if name.startswith(arguments.only) and not table.has(name, settings.seed):
+            table.add(name, settings.seed, laboratory.teach(goals, settings, keep, kind), goals)
+
+    for seed in range(1 if arguments.quick else 3):
+        ours = replace(TEMPLATE, seed=seed)
+        for about, answer in EVERY:
+            teach(f"{about} {answer}", {about: answer}, ours)
+        teach("two at once", PAIR, ours)
+        if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
+            table.add("two stacked", seed, stacked(laboratory, ours), PAIR)
+        drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)
+        teach("ten times the steps, five times the rate", {"horizon": "Yes"}, drill)
+        for about, answer in EVERY:
+            published = replace(PUBLISHED, seed=seed)
+            teach(f"published recipe, {about} {answer}", {about: answer}, published, False, LIKELIHOOD)
+
+
+def stacked(laboratory: Laboratory, settings: Settings) -> Lesson:
+    """Two properties, each taught alone, and both LoRAs on one model."""
+    lessons = [laboratory.teach({about: answer}, settings) for about, answer in PAIR.items()]
+    seconds = sum(lesson.seconds for lesson in lessons)
+    after = laboratory.draw([lesson.lora for lesson in lessons])
+    return Lesson(lessons[-1].run, {}, lessons[0].before, after, seconds)
+
+
+if __name__ == "__main__":
+    main()
