@@ -214,6 +214,9 @@ class LinearVAE:
         self.first_stage_model.decode = lambda z: torch.einsum("oc,bc...->bo...", self.first_stage_model.mix, z)
         self.patcher = ModelPatcher(self.first_stage_model, self.device, torch.device("cpu"))
 
+    def memory_used_decode(self, shape, dtype):
+        return 3 * math.prod(shape[2:]) * dtype.itemsize
+
     def process_output(self, pixels):
         return ((pixels + 1) / 2).clamp(0, 1)
 

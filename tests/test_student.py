@@ -169,6 +169,19 @@ def test_the_file_is_what_was_trained(lab, name):
     assert (lab.sample(model, name) - trained).abs().max() > 1e-3 * scale
 
 
+def test_memory_for_decoding_the_whole_batch_is_asked_for(lab, monkeypatch):
+    from dual_process.trainers import comfy_student
+
+    asked, load = [], comfy_student.load_for_training
+    monkeypatch.setattr(comfy_student, "load_for_training", lambda p, memory: (asked.append(memory), load(p, memory)))
+    for decode in (0, 1000):
+        student = lab.build_student("SD3", latent=lab.build_latent("SD3", batch=2))
+        student.vae.memory_used_decode = lambda shape, dtype, decode=decode: decode
+        student.run(lambda: None, beside=[])
+    without, with_it = asked
+    assert with_it - without == pytest.approx(2 * 1000 * comfy_student.TRAINING_MEMORY, abs=1)
+
+
 def test_draws_what_ksampler_draws(lab):
     import nodes
 
