@@ -20,6 +20,7 @@ from .objective import Objective
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
+NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
@@ -159,7 +160,7 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
                 if drift and settings.check_every:
                     run.stopped = f"at step {step}, because pictures got {drift}"
                     break
-                if settings.check_every == 0 or standing(run.checks[-1]) >= standing(best):
+                if settings.check_every == 0 or standing(run.checks[-1]) >= max(map(standing, run.checks)) - NOISE:
                     best, kept = run.checks[-1], student.lora.snapshot()
             if holds(run.checks[-1]):
                 run.stopped = f"held at step {step}"
