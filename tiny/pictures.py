@@ -270,8 +270,27 @@ def shuffled(images: Tensor, g: torch.Generator) -> Tensor:
     return squares.permute(0, 1, 2, 4, 3, 5).reshape(images.shape)
 
 
+def warped(images: Tensor, g: torch.Generator) -> Tensor:
+    """Bent by up to some px: wavy horizons, lumpy balls."""
+    count, side = len(images), images.shape[-1]
+    bend = F.interpolate(torch.randn(count, 2, 5, 5, generator=g).to(images), (side, side), mode="bicubic")
+    bend = bend / bend.flatten(1).abs().amax(1)[:, None, None, None] * _uniform(g, count, 0.09, 0.3).to(images)
+    straight = F.affine_grid(torch.eye(2, 3).to(images).expand(count, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, straight + bend.movedim(1, 3), padding_mode="border", align_corners=False)
+
+
+def hills(images: Tensor, g: torch.Generator) -> Tensor:
+    """No horizon: the ground ends in hills without a line."""
+    return warped(no_line(images, g), g)
+
+
 RUINS: dict[str, Ruin] = {
     ruin.__name__: ruin for ruin in (ladder, extra_horizons, blobs, bands, near_black, burnt, pure_noise, blend,
                                      huge_strokes, colour_flood, missing_balls, missing_ink, ink_flood, stains,
-                                     ghosts, many_suns, second_line, no_line, melted, shuffled)
+                                     ghosts, many_suns, second_line, no_line, melted, shuffled, warped, hills)
+}
+# what a generator does to please a judge, and a judge is slow to see
+SUBTLE: dict[str, Ruin] = {
+    ruin.__name__: ruin for ruin in (extra_horizons, missing_balls, stains, ghosts, many_suns, second_line, no_line,
+                                     warped, hills)
 }
