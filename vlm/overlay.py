@@ -160,6 +160,13 @@ def on_white(drawing: Tensor) -> Tensor:
     return drawing[:3] + 1 - drawing[3:]
 
 
+def under(guide: Guide | None, pictures: Sequence[Tensor]) -> list[Tensor]:
+    """What is shown at once of pictures, each ``[3, H, W]``, when a question with ``guide`` is asked about the last."""
+    if guide is None:
+        return list(pictures)
+    return [shown[0] for shown in guide.shown([picture[None] for picture in pictures])]
+
+
 def look_by_guide(
     look: Callable[[list[Tensor], list], Tensor], pictures: list[Tensor], questions: Sequence, before: Tensor | None
 ) -> Tensor:
