@@ -19,7 +19,7 @@ from dual_process.vlm.question import Question
 class BrightnessJudge:
     """Says Yes with the logit 8 * (mean brightness - 0.5), whatever it is asked."""
 
-    def log_likelihood(self, images, questions):
+    def log_likelihood(self, images, questions, before=None):
         logit = 8 * (images.mean(dim=(1, 2, 3)) - 0.5)
         columns = [torch.nn.functional.logsigmoid(logit if q.answer == "Yes" else -logit) for q in questions]
         return torch.stack(columns, dim=1)
@@ -134,7 +134,7 @@ def test_the_best_check_is_kept():
     """With steps far too long the brightness goes past what the judge likes; the LoRA of the best check comes back."""
 
     class MiddleJudge(BrightnessJudge):
-        def log_likelihood(self, images, questions):
+        def log_likelihood(self, images, questions, before=None):
             return super().log_likelihood(0.7 - (images - 0.5).abs(), questions)
 
     student, goal = GreyStudent(), Objective([Question("Is it neither dark nor bright?")])
@@ -274,12 +274,14 @@ def test_a_score_does_not_ask_for_more_than_the_judge_can_give():
     """Half of its probability goes to other words; of what is left for Yes and No, Yes has most."""
 
     class Hesitant(BrightnessJudge):
-        def log_likelihood(self, images, questions):
+        def log_likelihood(self, images, questions, before=None):
             return super().log_likelihood(images, questions) + math.log(0.5)
 
     white = torch.ones(1, 3, 2, 2)
     assert Objective([Question("?")], MARGIN)(Hesitant(), white)[1].item() == pytest.approx(1 / (1 + math.exp(-4)))
-    assert Objective([Question("?")], LIKELIHOOD)(Hesitant(), white)[1].item() == pytest.approx(0.5 / (1 + math.exp(-4)))
+    assert Objective([Question("?")], LIKELIHOOD)(Hesitant(), white)[1].item() == pytest.approx(
+        0.5 / (1 + math.exp(-4))
+    )
 
 
 def test_noise_has_the_strength_it_says():

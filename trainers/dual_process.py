@@ -184,19 +184,28 @@ def one_pass(student, judge, objective: Objective, settings: Settings, rng: torc
     steps = settings.learned_steps(student.steps)
     k = int(torch.randint(steps.start, steps.stop, (), generator=rng))
     student.use_prompt(prompt)
-    x = student.roll(student.noise(TRAINING_SEEDS + seed), k)
+    noise = student.noise(TRAINING_SEEDS + seed)
+    before = with_noise(untaught(student, noise, k), settings.judge_noise, rng) if objective.compares else None
+    x = student.roll(noise, k)
     x0 = student.predict(x, k)
     image = student.decode(x0)
 
     # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
     seen = image.detach().clamp(0, 1).requires_grad_()
-    loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
+    loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng), before)
     loss.backward()
     with torch.no_grad(), student.lora.disabled():
         drift = x0 - student.predict(x, k)
     pull = settings.anchor * 2 / x0.numel() * drift
     torch.autograd.backward([image, x0], [seen.grad * student.gradient_scale, pull * student.gradient_scale])
     return loss.detach(), scores.mean(dim=0), image.detach()
+
+
+@torch.no_grad()
+def untaught(student, noise: Tensor, k: int) -> Tensor:
+    """Pictures [B, 3, H, W] in 0..1 that the student predicts at step ``k`` from the same noise without its LoRA."""
+    with student.lora.disabled():
+        return student.decode(student.predict(student.roll(noise, k), k)).clamp(0, 1)
 
 
 def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
@@ -208,6 +217,12 @@ def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 @torch.no_grad()
 def check(student, judge, objective: Objective, settings: Settings, step: int) -> Check:
     """Draw the held-out seeds to the end and ask the judge about them."""
-    pictures = torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
-    _, scores = objective(judge, pictures)
+
+    def draw() -> Tensor:
+        return torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
+
+    pictures = draw()
+    with student.lora.disabled():
+        before = draw() if objective.compares else None
+    _, scores = objective(judge, pictures, before)
     return Check(step, scores.mean(dim=0).tolist(), pictures.cpu())
