@@ -2,7 +2,16 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .judge import AskJudge, JudgeScore
+from .guides import (
+    BeforeAfterGuide,
+    CompositionGuide,
+    DepthGuide,
+    GuideFromImage,
+    HorizonGuide,
+    LineWeightGuide,
+    PaletteGuide,
+)
+from .judge import AskJudge, JudgeScore, SeenByJudge
 from .loaders import JudgeLoader, TinyTextEncoder
 from .lora import ApplyLoRA, SaveLoRA
 from .native import native_nodes
@@ -23,6 +32,14 @@ class DualProcessExtension(ComfyExtension):
             SaveLoRA,
             AskJudge,
             JudgeScore,
+            SeenByJudge,
+            HorizonGuide,
+            PaletteGuide,
+            LineWeightGuide,
+            DepthGuide,
+            CompositionGuide,
+            GuideFromImage,
+            BeforeAfterGuide,
             TinyTextEncoder,
             *native_nodes(),
         ]

@@ -6,8 +6,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..vlm.judge import beside
+from ..vlm.overlay import by_guide, under
 from ..vlm.ranking import rank, score_table
-from .types import CATEGORY, JudgeType, QuestionsType
+from ..vlm.seen import side_by_side
+from .types import CATEGORY, GuideType, JudgeType, QuestionsType
 
 REFERENCE = (
     "Shown to the judge before each picture, for questions that compare: the reference is the first picture, the "
@@ -40,6 +42,7 @@ class AskJudge(io.ComfyNode):
                     "max_tokens", default=64, min=1, max=1024, tooltip="The answer is cut after this many tokens."
                 ),
                 io.Image.Input("reference", optional=True, tooltip=REFERENCE),
+                GuideType.Input("guide", optional=True, tooltip="What is drawn over the picture, or shown beside it."),
             ],
             outputs=[
                 io.String.Output(display_name="answer", tooltip="The judge's answer; one line per picture of a batch."),
@@ -51,11 +54,11 @@ class AskJudge(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, judge, image, question, max_tokens, reference=None):
+    def execute(cls, judge, image, question, max_tokens, reference=None, guide=None):
         if not question.strip():
             raise ValueError("The question is empty: type what the judge is to be asked.")
         judge.load()
-        shown_at_once = beside(_channels_first(reference), _channels_first(image))
+        shown_at_once = [under(guide, one) for one in beside(_channels_first(reference), _channels_first(image))]
         answers, seen = [], []
         progress = comfy.utils.ProgressBar(len(shown_at_once))
         for pictures in shown_at_once:
@@ -115,6 +118,47 @@ class JudgeScore(io.ComfyNode):
         best = ordered[:keep]
         shown = {**ui.PreviewImage(best, cls=cls).as_dict(), "text": (table,)}
         return io.NodeOutput(best, ordered, means[order[0]].item(), table, ui=shown)
+
+
+class SeenByJudge(io.ComfyNode):
+    """IMAGE + questions -> what the judge is shown."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessSeenByJudge",
+            display_name="Seen by the Judge",
+            category=CATEGORY,
+            description="Shows pictures as the judge is shown them, under the guides of the questions, before anything "
+            "is trained.",
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Pictures such as the model draws."),
+                QuestionsType.Input("questions", tooltip="The questions, with their guides."),
+                JudgeType.Input(
+                    "judge", optional=True, tooltip="Shows the judge's own resizing and cutting into tiles too."
+                ),
+                io.Image.Input("reference", optional=True, tooltip=REFERENCE),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="seen",
+                    is_output_list=True,
+                    tooltip="For every picture, and every guide among the questions, what is shown at once.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, questions, judge=None, reference=None):
+        look = side_by_side if judge is None else judge.judge.seen
+        seen, lines = [], []
+        for n, pictures in enumerate(beside(_channels_first(reference), _channels_first(images)), 1):
+            for guide, members in by_guide(questions).items():
+                seen.append(look(under(guide, pictures)).movedim(0, -1).cpu())
+                lines.append(f"picture {n}: " + " | ".join(questions[i].text.strip() for i in members))
+        shown = {**ui.PreviewImage(seen, cls=cls).as_dict(), "text": ("\n".join(lines),)}
+        return io.NodeOutput([picture[None] for picture in seen], ui=shown)
 
 
 def _channels_first(images: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..vlm.question import Question
-from .types import CATEGORY, PromptsType, QuestionsType
+from .types import CATEGORY, GuideType, PromptsType, QuestionsType
 
 
 class AskQuestion(io.ComfyNode):
@@ -45,13 +45,18 @@ class AskQuestion(io.ComfyNode):
                     tooltip="On: this is not taught but has to stay as true as it was before training, for example "
                     "'Is this still a photo of a man?'.",
                 ),
+                GuideType.Input(
+                    "guide",
+                    optional=True,
+                    tooltip="What is drawn over the picture, or shown beside it, when this question is asked.",
+                ),
             ],
             outputs=[QuestionsType.Output(display_name="questions", tooltip="All questions of the chain.")],
         )
 
     @classmethod
-    def execute(cls, text, answer, weight, keep=False, questions=None):
-        return io.NodeOutput([*(questions or []), Question(text, answer, weight, keep)])
+    def execute(cls, text, answer, weight, keep=False, questions=None, guide=None):
+        return io.NodeOutput([*(questions or []), Question(text, answer, weight, keep, guide)])
 
 
 class MorePrompts(io.ComfyNode):

@@ -33,7 +33,7 @@ class BrightnessJudge:
 
     gradient_scale = 16.0
 
-    def log_likelihood(self, images, questions):
+    def log_likelihood(self, images, questions, before=None):
         logit = 8 * (images.mean(dim=(1, 2, 3)) - 0.5)
         columns = [torch.nn.functional.logsigmoid(logit if q.answer == "Yes" else -logit) for q in questions]
         return torch.stack(columns, dim=1)
@@ -152,7 +152,7 @@ def test_the_best_check_is_kept():
     """With steps far too long the brightness goes past what the judge likes; the LoRA of the best check comes back."""
 
     class MiddleJudge(BrightnessJudge):
-        def log_likelihood(self, images, questions):
+        def log_likelihood(self, images, questions, before=None):
             return super().log_likelihood(0.7 - (images - 0.5).abs(), questions)
 
     student, goal = GreyStudent(), Objective([Question("Is it neither dark nor bright?")])
@@ -229,7 +229,7 @@ def test_fresh_noise_draws_once_and_starts_every_pass_with_another_noise():
     passes = list(starts(student, settings, rng))
     assert len(student.seeds) == len(set(student.seeds)) == 4 and min(student.seeds) >= 2**32
     drawn, *noises = (GreyStudent().noise(seed) for seed in student.seeds)
-    assert all(torch.equal(x, drawn + noise) and k == 0 for (x, k), noise in zip(passes, noises, strict=True))
+    assert all(torch.equal(x, drawn + noise) and k == 0 for (_, x, k), noise in zip(passes, noises, strict=True))
 
 
 def test_accumulated_passes_are_one_larger_batch():
@@ -343,7 +343,7 @@ def test_a_score_does_not_ask_for_more_than_the_judge_can_give():
     """Half of its probability goes to other words; of what is left for Yes and No, Yes has most."""
 
     class Hesitant(BrightnessJudge):
-        def log_likelihood(self, images, questions):
+        def log_likelihood(self, images, questions, before=None):
             return super().log_likelihood(images, questions) + math.log(0.5)
 
     white = torch.ones(1, 3, 2, 2)

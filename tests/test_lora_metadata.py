@@ -64,7 +64,8 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
 
     story = json.loads(header["dual_process"])
     assert story["version"] == VERSION
-    assert story["questions"][1] == {"text": "Is it night?", "answer": "No", "weight": 2.0, "keep": False}
+    asked = {"text": "Is it night?", "answer": "No", "weight": 2.0, "keep": False, "guide": None}
+    assert story["questions"][1] == asked
     assert (story["prompts"], story["steps_done"], story["alpha"]) == (3, 2, 8.0)
     assert (story["judge"], story["model"]) == ("tiny random judge", "SDXL")
     assert story["settings"]["learning_rate"] == 3e-4

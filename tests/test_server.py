@@ -22,6 +22,14 @@ NODE_IDS = {
     "DualProcessTinyTextEncoder",
     "DualProcessAskJudge",
     "DualProcessJudgeScore",
+    "DualProcessSeenByJudge",
+    "DualProcessHorizonGuide",
+    "DualProcessPaletteGuide",
+    "DualProcessLineWeightGuide",
+    "DualProcessDepthGuide",
+    "DualProcessCompositionGuide",
+    "DualProcessGuideFromImage",
+    "DualProcessBeforeAfterGuide",
 }
 API_FORM = Path(__file__).parent / "api" / "teach.json"
 

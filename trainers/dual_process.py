@@ -178,8 +178,8 @@ def passes(student, judge, objective: Objective, settings: Settings, rng: torch.
         Mean loss, mean score [Q], the last pass's pictures [B, 3, H, W], unclamped.
     """
     losses, answers = [], []
-    for x, k in starts(student, settings, rng):
-        loss, scores, image = one_pass(student, judge, objective, settings, rng, x, k)
+    for noise, x, k in starts(student, settings, rng):
+        loss, scores, image = one_pass(student, judge, objective, settings, rng, noise, x, k)
         losses.append(loss)
         answers.append(scores)
     for parameter in student.lora.parameters():
@@ -188,42 +188,49 @@ def passes(student, judge, objective: Objective, settings: Settings, rng: torch.
     return torch.stack(losses).mean(), torch.stack(answers).mean(dim=0), image
 
 
-def starts(student, settings: Settings, rng: torch.Generator) -> Iterator[tuple[Tensor, int]]:
-    """Where the passes of one step start: x_σk and k.
+def starts(student, settings: Settings, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Where the passes of one step start: the draw's noise, x_σk and k.
 
     ``one draw, fresh noise`` draws once to the end and lays ``accumulate`` noises of the last step over the result
-    (DRaFT-LV, Clark et al., arXiv 2309.17400, section 3.2); otherwise every pass is a draw of its own, up to step k.
+    (DRaFT-LV, Clark et al., arXiv 2309.17400); otherwise every pass is a draw of its own, up to step k.
     """
 
-    def draw(k: int) -> Tensor:
-        seed, prompt = (int(torch.randint(n, (), generator=rng)) for n in (2**31, student.prompts))
-        student.use_prompt(prompt)
-        return student.roll(student.noise(TRAINING_SEEDS + seed), k)
+    def noise() -> Tensor:
+        return student.noise(TRAINING_SEEDS + int(torch.randint(2**31, (), generator=rng)))
+
+    def draw(k: int) -> tuple[Tensor, Tensor]:
+        student.use_prompt(int(torch.randint(student.prompts, (), generator=rng)))
+        start = noise()
+        return start, student.roll(start, k)
 
     if settings.learn_at == FRESH_NOISE:
-        x0, k = draw(student.steps), student.steps - 1
+        (start, x0), k = draw(student.steps), student.steps - 1
         for _ in range(settings.accumulate):
-            seed = int(torch.randint(2**31, (), generator=rng))
-            yield student.noised(x0, student.noise(TRAINING_SEEDS + seed), k), k
+            yield start, student.noised(x0, noise(), k), k
         return
     steps = settings.learned_steps(student.steps)
     for _ in range(settings.accumulate):
         k = int(torch.randint(steps.start, steps.stop, (), generator=rng))
-        yield draw(k), k
+        yield *draw(k), k
 
 
-def one_pass(student, judge, objective: Objective, settings: Settings, rng: torch.Generator, x: Tensor, k: int):
+def one_pass(
+    student, judge, objective: Objective, settings: Settings, rng: torch.Generator, noise: Tensor, x: Tensor, k: int
+):
     """One batch of pictures from ``x`` at σk, judged; adds ``gradient_scale`` times the loss's gradient to the LoRA's.
+
+    ``noise`` is what the draw began with.
 
     Returns:
         Loss, mean score [Q], pictures [B, 3, H, W], unclamped.
     """
+    before = with_noise(untaught(student, noise, k), settings.judge_noise, rng) if objective.compares else None
     x0 = student.predict(x, k)
     image = student.decode(x0)
 
     # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
     seen = image.detach().clamp(0, 1).requires_grad_()
-    loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng))
+    loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng), before)
     (loss * judge.gradient_scale).backward()
     with torch.no_grad(), student.lora.disabled():
         drift = x0 - student.predict(x, k)
@@ -233,6 +240,13 @@ def one_pass(student, judge, objective: Objective, settings: Settings, rng: torc
     return loss.detach(), scores.mean(dim=0), image.detach()
 
 
+@torch.no_grad()
+def untaught(student, noise: Tensor, k: int) -> Tensor:
+    """Pictures [B, 3, H, W] in 0..1 that the student predicts at step ``k`` from the same noise without its LoRA."""
+    with student.lora.disabled():
+        return student.decode(student.predict(student.roll(noise, k), k)).clamp(0, 1)
+
+
 def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     """``image`` plus Gaussian noise whose standard deviation is drawn from 0..``strength`` for each picture."""
     sigma = strength * torch.rand(image.shape[0], 1, 1, 1, generator=rng)
@@ -240,11 +254,15 @@ def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def check(
-    student, judge, objective: Objective, settings: Settings, step: int, before: Tensor | None = None
-) -> Check:
-    """Draw the held-out seeds to the end, ask the judge about them and compare them with those ``before`` training."""
-    pictures = torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
-    _, scores = objective(judge, pictures)
+def check(student, judge, objective: Objective, settings: Settings, step: int, first: Tensor | None = None) -> Check:
+    """Draw the held-out seeds to the end, ask the judge about them and compare them with the run's ``first``."""
+
+    def draw() -> Tensor:
+        return torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
+
+    pictures = draw()
+    with student.lora.disabled():
+        before = draw() if objective.compares else None
+    _, scores = objective(judge, pictures, before)
     pictures = pictures.cpu()
-    return Check(step, scores.mean(dim=0).tolist(), pictures, {} if before is None else changes(before, pictures))
+    return Check(step, scores.mean(dim=0).tolist(), pictures, {} if first is None else changes(first, pictures))

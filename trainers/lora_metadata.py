@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+from ..vlm.question import Question
 from .dual_process import Run, Settings
 from .lora_file import VERSION
 from .objective import Objective
@@ -76,7 +77,7 @@ def _story(run: Run, objective: Objective, settings: Settings, judge: str, stude
     only their number is known."""
     return {
         "version": VERSION,
-        "questions": [asdict(question) for question in objective.questions],
+        "questions": [_asked(question) for question in objective.questions],
         "objective": objective.kind,
         "margin": objective.margin,
         "judge": judge,
@@ -95,3 +96,8 @@ def _story(run: Run, objective: Objective, settings: Settings, judge: str, stude
         "held_out_scores_after": run.checks[-1].scores,
         "held_out_pictures_changed": run.checks[-1].changes,
     }
+
+
+def _asked(question: Question) -> dict:
+    """A question and how its guide was shown; drawings by their numbers, pictures by their fingerprints."""
+    return {**asdict(replace(question, guide=None)), "guide": question.guide and question.guide.story()}

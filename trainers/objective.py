@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..vlm.overlay import BeforeAfter
 from ..vlm.question import Question
 
 LIKELIHOOD = "answer likelihood"
@@ -49,13 +50,19 @@ class Objective:
         """The same objective, knowing that the questions had these scores before training."""
         return replace(self, before=tuple(scores))
 
-    def __call__(self, judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def compares(self) -> bool:
+        """Whether a question compares the pictures with those of the untaught model."""
+        return any(isinstance(question.guide, BeforeAfter) for question in self.questions)
+
+    def __call__(self, judge, images: Tensor, untaught: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and scores [B, Q] in 0..1, detached, of ``images`` [B, 3, H, W] in 0..1.
 
+        ``untaught``, of the same shape, is needed where a question ``compares``.
         A score is P(wanted answer); with ``MARGIN``, for a Yes/No question, P(wanted) / (P(wanted) + P(other)).
         """
         opposites = [q.opposite() if self.kind == MARGIN else None for q in self.questions]
-        log_p = judge.log_likelihood(images, [*self.questions, *(o for o in opposites if o is not None)])
+        log_p = judge.log_likelihood(images, [*self.questions, *(o for o in opposites if o is not None)], untaught)
         others = iter(log_p.T[len(self.questions) :])
         losses, scores = [], []
         for i, opposite in enumerate(opposites):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .look import Look
+from .overlay import look_by_guide
 from .prompts import PromptWriter
 from .question import Question
 from .seen import seen_picture
@@ -53,28 +54,35 @@ class Judge:
         """Find out before any picture is drawn whether every answer can be scored.
 
         Raises:
-            ValueError: an answer has no token.
+            ValueError: an answer has no token, or the family does not take as many pictures as a guide shows.
         """
         for question in questions:
-            self.prompts.encode(question.text, question.answer, ((SOME_SIDE, SOME_SIDE),))
+            self.prompts.encode(question.text, question.answer, ((SOME_SIDE, SOME_SIDE),) * question.pictures)
 
-    def log_likelihood(self, images: Tensor | Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
+    def log_likelihood(
+        self, images: Tensor | Sequence[Tensor], questions: Sequence[Question], before: Tensor | None = None
+    ) -> Tensor:
         """Natural log of P(answer | pictures, question), the mean over the answer's tokens.
 
-        The end of turn after the answer is not scored. Questions with the same text and other answers share a pass.
+        The end of turn after the answer is not scored. Questions with the same guide share a look at the pictures,
+        those with the same text and other answers a pass.
 
         Args:
             images: pictures ``[B, 3, H, W]`` on the 0..1 scale (values outside are allowed and not clamped), or a
                 sequence of such batches, shown to the model side by side in that order.
-            questions: what is asked about every picture.
+            questions: what is asked about every picture (of a sequence, the last), under the question's guide.
+            before: ``[B, 3, H, W]``, the pictures that before/after questions compare with.
 
         Returns:
             ``[B, Q]`` float32, differentiable with respect to the pictures.
 
         Raises:
-            ValueError: the model cannot read the pictures, or an answer has no token.
+            ValueError: the model cannot read the pictures, an answer has no token, or ``before`` is missing.
         """
-        shown = self._shown(images)
+        return look_by_guide(self._scores, self._shown(images), questions, before)
+
+    def _scores(self, shown: list[Tensor], questions: Sequence[Question]) -> Tensor:
+        """Mean log-likelihood per answer token ``[B, Q]`` of questions about the same pictures."""
         sizes = tuple(tuple(batch.shape[-2:]) for batch in shown)
         prompts = [self.prompts.encode(question.text, question.answer, sizes) for question in questions]
         return self.look(self._pixels(shown), prompts, shown[0].shape[0])

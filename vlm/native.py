@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
+from .overlay import look_by_guide
 from .question import Question
 from .seen import side_by_side
 
@@ -55,12 +56,14 @@ class NativeJudge:
     def check(self, questions: Sequence[Question]) -> None:
         """Nothing can fail here: Qwen's vocabulary has a token for every byte."""
 
-    def log_likelihood(self, images: Tensor | Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
+    def log_likelihood(
+        self, images: Tensor | Sequence[Tensor], questions: Sequence[Question], before: Tensor | None = None
+    ) -> Tensor:
         """As ``Judge.log_likelihood``: ``[B, Q]`` float32, differentiable with respect to the pictures."""
         batches = [images] if isinstance(images, Tensor) else list(images)
         rows = max(batch.shape[0] for batch in batches)
         shown = [batch.to(self.device, torch.float32).expand(rows, -1, -1, -1) for batch in batches]
-        return torch.stack([self._scores(pictures, questions) for pictures in zip(*shown)])
+        return look_by_guide(self._rows, shown, questions, before)
 
     @torch.no_grad()
     def ask(self, images: Tensor | Sequence[Tensor], text: str, max_new_tokens: int = 64) -> str:
@@ -80,6 +83,10 @@ class NativeJudge:
             size = (extra["grid"][0, 1:] * vision.visual.patch_size).tolist()
             resized.append(interpolate(given, size, mode="bilinear", align_corners=False)[0])
         return side_by_side(resized)
+
+    def _rows(self, shown: list[Tensor], questions: Sequence[Question]) -> Tensor:
+        """Mean log-likelihood per answer token ``[B, Q]`` of questions about the same pictures."""
+        return torch.stack([self._scores(pictures, questions) for pictures in zip(*shown)])
 
     def _scores(self, pictures: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
         """Mean log-likelihood per answer token ``[Q]`` about one set of pictures, each ``[3, H, W]``."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .overlay import Guide
+
 _CLOSED = {"yes": "no", "no": "yes"}
 
 
@@ -16,6 +18,7 @@ class Question:
         answer: the wanted answer; any text, "No" included.
         weight: share of this question in the loss, greater than 0.
         keep: the answer has to stay as likely as it was before training; it is not taught.
+        guide: what is shown over or beside the picture; None for the picture alone.
 
     Raises:
         ValueError: the text or the answer is empty, or the weight is not positive.
@@ -25,6 +28,7 @@ class Question:
     answer: str = "Yes"
     weight: float = 1.0
     keep: bool = False
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -33,6 +37,11 @@ class Question:
             raise ValueError(f'The wanted answer to "{self.text}" is empty: type a word, for example Yes.')
         if not self.weight > 0:
             raise ValueError(f'The weight of "{self.text}" is {self.weight}: it must be greater than 0.')
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the judge is shown at once when one is asked about."""
+        return 1 if self.guide is None else self.guide.pictures
 
     def opposite(self) -> Question | None:
         """The same question with Yes and No swapped (case kept), or None when the answer is neither."""
