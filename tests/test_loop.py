@@ -282,9 +282,10 @@ def test_small_gradients_come_through_a_half_precision_judge():
         def predict(self, x, k):
             return self.lora.shift * 1.0
 
-    def small(judge, images):
-        log_p = judge.log_likelihood(images, [Question("Is the line thick?")])
-        return 1e-5 * log_p.mean(), log_p.detach().exp()
+    class Small(Objective):
+        def __call__(self, judge, images, untaught=None):
+            log_p = judge.log_likelihood(images, self.questions)
+            return 1e-5 * log_p.mean(), log_p.detach().exp()
 
     torch.manual_seed(0)
     model, processor = vlm_families.idefics3()
@@ -292,7 +293,8 @@ def test_small_gradients_come_through_a_half_precision_judge():
     for dtype in (torch.float32, torch.float16):
         student, judge = Picture(), Judge(model.to(dtype), processor, "tiny")
         quiet, rng = Settings(judge_noise=0.0, anchor=0.0), torch.Generator().manual_seed(0)
-        one_pass(student, judge, small, quiet, rng, student.noise(0), 0)
+        noise = student.noise(0)
+        one_pass(student, judge, Small([Question("Is the line thick?")]), quiet, rng, noise, noise, 0)
         gradients.append(student.lora.shift.grad.flatten())
     exact, half = gradients
     assert torch.nn.functional.cosine_similarity(exact, half, dim=0) > 0.99
