@@ -1,5 +1,6 @@
 """The trainer."""
 
+import logging
 import math
 import time
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ from ..trainers.self_check import check_gradients
 from .lora import read_lora
 from .trainer_inputs import NEW_LORA, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType
+
+log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 0.5
 CHECKED_PICTURES = 4  # held-out pictures at least
@@ -61,6 +64,7 @@ class Trainer(io.ComfyNode):
         settings = settings_from(inputs)
         student = student_from(inputs)
         show = Progress(cls.hidden.unique_id, settings.steps)
+        show.say(student.size_warning())
 
         def teach() -> Run:
             if self_check:
@@ -144,6 +148,12 @@ class Progress:
         server.send_sync("dual_process.progress", event, server.client_id)
         answers = ", ".join(f"{score:.0%}" for score in scores)
         server.send_progress_text(f"step {step}/{self.steps}: wanted answer {answers}", self.node_id)
+
+    def say(self, text: str) -> None:
+        """Show a line on the node until the next one, and log it."""
+        if text:
+            log.warning(text)
+            PromptServer.instance.send_progress_text(text, self.node_id)
 
     def end(self, run: Run) -> None:
         """Leave one line on the node: how many steps it took, why it ended, and how the pictures changed by it."""

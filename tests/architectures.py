@@ -217,6 +217,9 @@ class LinearVAE:
     def memory_used_decode(self, shape, dtype):
         return 3 * math.prod(shape[2:]) * dtype.itemsize
 
+    def spacial_compression_decode(self):
+        return 1
+
     def process_output(self, pixels):
         return ((pixels + 1) / 2).clamp(0, 1)
 

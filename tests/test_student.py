@@ -70,6 +70,22 @@ def test_gradient_through_the_vae(lab):
     assert student.run(loop, beside=[]) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "latent", "warned"),
+    [
+        ("SD1.5", (4, 64, 64), ""),
+        ("SD1.5", (4, 32, 40), "Training at 320x256, while the model is made for about 512x512"),
+        ("FLUX dev", (16, 64, 64), "Training at 512x512, while the model is made for about 1024x1024"),
+        ("FLUX dev", (16, 96, 128), ""),
+        ("SD3", (16, 8, 8), ""),
+    ],
+)
+def test_a_small_latent_is_warned_of(lab, name, latent, warned):
+    student = lab.build_student(name, latent={"samples": torch.zeros(1, *latent)})
+    said = student.size_warning()
+    assert said.startswith(warned) and bool(said) == bool(warned)
+
+
 @pytest.mark.parametrize("name", ["SD1.5", "SD3"])
 def test_noise_laid_over_a_finished_latent(lab, name):
     """SD1.5: x0 + sigma noise (Karras et al., table 1, VE); SD3: (1 - sigma) x0 + sigma noise (rectified flow)."""

@@ -32,6 +32,8 @@ KEY = "dual_process"
 FP16_GRADIENT_SCALE = 1024.0  # keeps small gradients from vanishing in half precision activations
 # Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
 # VAE was 2.6 times ComfyUI 0.33's estimate, of Wan's 2.9 times.
+MADE_FOR = {"SD15": 512, "SD20": 512}  # px a side that a model is made for, by ComfyUI's class; all others: 1024
+TOY = 128  # px a side, below which only toy models draw, such as the bundled one
 TRAINING_MEMORY = 3
 
 
@@ -107,6 +109,19 @@ class ComfyStudent:
             raise ValueError("This VAE's output is no plain rescaling of pixels; gradients cannot pass through it.")
         self._gain = (high - low) / 0.5
         self._offset = middle - self._gain * 0.5
+
+    def size_warning(self) -> str:
+        """What training on pictures much smaller than the model is made for does; empty when they are not."""
+        scale = self.vae.spacial_compression_decode()
+        height, width = (side * scale for side in self.latent.shape[-2:])
+        made_for = MADE_FOR.get(type(self.model.model.model_config).__name__, 1024)
+        if not TOY**2 < height * width < made_for**2 / 2:
+            return ""
+        return (
+            f"Training at {width}x{height}, while the model is made for about {made_for}x{made_for}: lighter and "
+            "faster, but composition and line weight are learned at this size. Look at pictures in full size; if the "
+            "control is weaker there, continue there from the saved LoRA."
+        )
 
     def run(self, loop: Callable[[], Result], beside: list[ModelPatcher]) -> Result:
         """Run ``loop`` with everything loaded; whatever happens in it, the user's model is as it was afterwards.
