@@ -206,9 +206,9 @@ def test_which_steps_are_learned():
     assert list(Settings().learned_steps(3)) == [0, 1, 2]
     for setting in (EARLY_STEPS, LATE_STEPS):
         assert list(Settings(learn_at=setting).learned_steps(1)) == [0]
-    assert list(Settings(learn_at=EARLY_STEPS).learned_steps(4)) == [0]
+    assert list(Settings(learn_at=EARLY_STEPS).learned_steps(4)) == [0, 1]
     assert list(Settings(learn_at=LATE_STEPS).learned_steps(4)) == [3]
-    assert list(Settings(learn_at=EARLY_STEPS).learned_steps(20)) == [0, 1, 2, 3, 4]
+    assert list(Settings(learn_at=EARLY_STEPS).learned_steps(20)) == list(range(10))
     assert list(Settings(learn_at=LATE_STEPS).learned_steps(50)) == list(range(37, 50))
 
 

@@ -26,7 +26,7 @@ STRIKES = 3  # steps in a row without a finite gradient that end a run; the firs
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
 # ones how it is drawn.
 ANY_STEP, EARLY_STEPS, LATE_STEPS, FRESH_NOISE = "any step", "early steps", "late steps", "one draw, fresh noise"
-PARTS = {ANY_STEP: (0.0, 1.0), EARLY_STEPS: (0.0, 0.25), LATE_STEPS: (0.75, 1.0)}
+PARTS = {ANY_STEP: (0.0, 1.0), EARLY_STEPS: (0.0, 0.5), LATE_STEPS: (0.75, 1.0)}
 LEARN_AT = [*PARTS, FRESH_NOISE]
 
 
