@@ -19,6 +19,8 @@ from dual_process.vlm.question import Question
 class ComparingJudge:
     """Says Yes with the logit 8 * (brightness gained - 0.2), and notes what it was shown."""
 
+    gradient_scale = 1.0
+
     def __init__(self):
         self.shown = []
 
@@ -34,7 +36,15 @@ class ComparingJudge:
 
 def teach(question, **settings):
     student, judge = GreyStudent(), ComparingJudge()
-    defaults = {"steps": 40, "learning_rate": 0.02, "check_every": 5, "judge_noise": 0.0, "anchor": 0.0, "held": 0.9}
+    defaults = {
+        "steps": 40,
+        "learning_rate": 0.02,
+        "check_every": 5,
+        "judge_noise": 0.0,
+        "anchor": 0.0,
+        "held": 0.9,
+        "drift_limit": 0,
+    }
     run = train(student, judge, Objective([question]), Settings(**{**defaults, **settings}), lambda *_: None)
     return student, judge, run
 
