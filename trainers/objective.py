@@ -29,7 +29,7 @@ class Objective:
     Args:
         questions: at least one that is not to keep; weights are relative.
         kind: ``LIKELIHOOD`` or ``MARGIN``.
-        margin: log-odds at which a Yes/No question counts as won; 5 is a probability of 0.993.
+        margin: log-odds at which a Yes/No question counts as won; 4 is a probability of 0.982.
         before: scores of all questions before training, see ``start_from``; empty: nothing is known of it.
     Raises:
         ValueError: no question to teach.
@@ -37,7 +37,7 @@ class Objective:
 
     questions: list[Question]
     kind: str = MARGIN
-    margin: float = 5.0
+    margin: float = 4.0
     before: tuple[float, ...] = ()
 
     def __post_init__(self):
