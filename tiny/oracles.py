@@ -69,7 +69,6 @@ class Ball:
 @dataclass
 class Parts:
     luma: Tensor
-    dips: Tensor
     horizon: Tensor
     stroke: Tensor
     white: Ball
@@ -100,7 +99,7 @@ def _parts(x: Tensor) -> Parts:
     near_white, near_green = (ball.distance < ball.radius[:, None, None] + around for ball in (white, green))
     near_balls = near_white | near_green
     open_field = ~(near_line | near_balls)
-    return Parts(luma, dips, horizon, stroke, white, green, near_line, near_balls,
+    return Parts(luma, horizon, stroke, white, green, near_line, near_balls,
                  open_field & (rows < place), open_field & (rows > place))
 
 
@@ -157,7 +156,8 @@ def checks(x: Tensor, parts: Parts) -> dict[str, Tensor]:
     """What makes a picture readable, each as a bool tensor [B]."""
     stroke = parts.stroke
     beside = parts.luma.masked_fill(parts.near_balls, torch.nan).nanquantile(0.45, dim=2).nan_to_num(0.0)
-    runs = F.pad((_row_dips(beside) > 0.4).float(), (1, 0)).diff(dim=1).clamp(min=0).sum(1)
+    dips = _row_dips(beside)  # large balls cover more than half of a row
+    runs = F.pad((dips > 0.4).float(), (1, 0)).diff(dim=1).clamp(min=0).sum(1)
     ink = ((0.26 - parts.luma) / (0.26 - _INK)).clamp(0, 1)
     stray = (ink * ~(parts.near_line | parts.near_balls)).sum((1, 2))
     jumps = _jumps(x) > 0.09
@@ -165,7 +165,7 @@ def checks(x: Tensor, parts: Parts) -> dict[str, Tensor]:
     sky_share, sky_error = _between(sky, _SKY)
     ground_share, ground_error = _between(ground, _GROUND)
     result = {
-        "one line": (runs == 1) & (parts.dips.amax(1) > 0.45),
+        "one line": (runs == 1) & (dips.amax(1) > 0.45),
         "stroke": (stroke > 0.6) & (stroke < 5.5),
         "no stray ink": stray < 10,
         "smooth sky": (jumps & parts.sky).sum((1, 2)) < 75,

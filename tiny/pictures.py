@@ -274,7 +274,7 @@ def warped(images: Tensor, g: torch.Generator) -> Tensor:
     """Bent by up to some px: wavy horizons, lumpy balls."""
     count, side = len(images), images.shape[-1]
     bend = F.interpolate(torch.randn(count, 2, 5, 5, generator=g).to(images), (side, side), mode="bicubic")
-    bend = bend / bend.flatten(1).abs().amax(1)[:, None, None, None] * _uniform(g, count, 0.09, 0.3).to(images)
+    bend = bend / bend.flatten(1).abs().amax(1)[:, None, None, None] * _uniform(g, count, 0.32, 0.5).to(images)
     straight = F.affine_grid(torch.eye(2, 3).to(images).expand(count, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, straight + bend.movedim(1, 3), padding_mode="border", align_corners=False)
 
