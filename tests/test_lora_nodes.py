@@ -74,6 +74,21 @@ def test_what_does_not_fit_of_a_file_is_counted_in_the_log(lab, caplog):
     assert f"2 of the {len(more)} tensors of the connected LoRA fit no layer of SD3, first 'lora_te1" in caplog.text
 
 
+def test_layers_of_the_same_name_and_another_size_are_left_out(lab, caplog):
+    """SD1.5's names are SDXL's; core only logs that it could not add such a LoRA."""
+    from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
+
+    file, model = learned(lab, "SD3"), lab.build_model("SD3")
+    first = next(key for key in file if key.endswith("lora_A.weight"))
+    wider = {key: torch.cat([x, x], dim=1) if key.endswith("lora_A.weight") else x for key, x in file.items()}
+    with caplog.at_level(logging.WARNING):
+        one = ApplyLoRA.execute(model, FROM_TRAINER, 1.0, {**file, first: wider[first]}).result[0]
+    assert len(one.patches) == len(file) // 2 - 1
+    assert f"2 of the {len(file)} tensors of the connected LoRA fit no layer of SD3" in caplog.text
+    with pytest.raises(ValueError, match="of the connected LoRA fits SD3"):
+        ApplyLoRA.execute(model, FROM_TRAINER, 1.0, wider)
+
+
 def test_only_files_that_can_be_read_are_offered(lab, loras):
     from dual_process.nodes.lora import ApplyLoRA
     from dual_process.nodes.trainer import Trainer

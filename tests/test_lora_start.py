@@ -74,14 +74,14 @@ def test_what_does_not_fit_is_said(lab):
     layer = "diffusion_model.double_blocks.0.img_attn.proj"
     with pytest.raises(ValueError, match="has rank 4 in 'diffusion_model.double.*: set rank to 4, or put the file on"):
         lab.build_student("FLUX dev", start=file, rank=8)
-    with pytest.raises(ValueError, match="things that this training does not adapt, first 'diffusion_model.single"):
+    with pytest.raises(ValueError, match="things that this training does not adapt, .* first 'diffusion_model.single"):
         lab.build_student("FLUX dev", start=file, targets="^double")
     with pytest.raises(ValueError, match="None of the .* tensors of the LoRA to continue fits Flux: .* another model"):
         lab.build_student("FLUX dev", start=learned(lab, "SD3"))
     with pytest.raises(ValueError, match="1 things .* first 'lora_te1_text_projection.alpha'"):
         lab.build_student("FLUX dev", start={**file, "lora_te1_text_projection.alpha": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match=f"does not adapt, first '{layer}"):
+    with pytest.raises(ValueError, match=f"does not adapt, .* first '{layer}"):
         lab.build_student("FLUX dev", start={**file, f"{layer}.dora_scale": torch.ones(64, 1)})
-    with pytest.raises(ValueError, match="another model: .*proj.weight' takes 64 values to 64, its update 64 to 32"):
+    with pytest.raises(ValueError, match=f"2 things .* not in that size, first '{layer}"):
         narrow = {f"{layer}.lora_B.weight": file[f"{layer}.lora_B.weight"][:32]}
         lab.build_student("FLUX dev", start={**file, **narrow})

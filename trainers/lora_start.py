@@ -23,8 +23,8 @@ def start_from(lora: LoRA, tensors: dict[str, Tensor], model: BaseModel) -> None
     Args:
         tensors: what the file holds: ``A`` [rank, in], ``B`` [out, rank], and perhaps an alpha, of each layer.
     Raises:
-        ValueError: the file is for another model, has layers that ``lora`` has not, another rank, another width, or is
-            no plain LoRA.
+        ValueError: the file is for another model, has layers that ``lora`` has not or not in that size, another rank,
+            or is no plain LoRA.
     """
     patches, left_over = fit(tensors, model, "the LoRA to continue")
     adapters = {f"diffusion_model.{path}.weight": adapter for path, adapter in zip(lora.paths, lora.adapters)}
@@ -35,11 +35,6 @@ def start_from(lora: LoRA, tensors: dict[str, Tensor], model: BaseModel) -> None
         adapter, rank = adapters[key], down.shape[0]
         if rank != adapter.A.shape[0]:
             raise ValueError(f"The LoRA to continue has rank {rank} in '{key}': set rank to {rank}, {INSTEAD}")
-        if up.shape != adapter.B.shape or down.shape != adapter.A.shape:
-            raise ValueError(
-                f"The LoRA to continue was made for another model: '{key}' takes {adapter.A.shape[1]} values to "
-                f"{adapter.B.shape[0]}, its update {down.shape[1]} to {up.shape[0]}."
-            )
         scale = 1.0 if alpha is None else alpha / rank
         adapter.A.copy_(down)
         adapter.B.copy_(up.float() * (scale / adapter.scale))
@@ -52,6 +47,6 @@ def _is_plain(patch) -> bool:
 def _refuse_strange(names: list) -> None:
     if names:
         raise ValueError(
-            f"The LoRA to continue holds {len(names)} things that this training does not adapt, first '{names[0]}'. "
-            f"Widen the targets, {INSTEAD}"
+            f"The LoRA to continue holds {len(names)} things that this training does not adapt, or not in that "
+            f"size, first '{names[0]}'. Widen the targets, {INSTEAD}"
         )
