@@ -30,7 +30,15 @@ log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 0.5
 CHECKED_PICTURES = 4  # held-out pictures at least
-LEFT_OUT = {"negative": None, "more_prompts": (), "sigmas": None, "sampler": None, "drift_limit": 0.5}
+LEFT_OUT = {
+    "negative": None,
+    "more_prompts": (),
+    "sigmas": None,
+    "sampler": None,
+    "drift_limit": 0.5,
+    "target": 0.982,
+    "augment": 0.0,
+}
 NOTICEABLE = 0.15  # changes of the pictures that are put into words
 
 
@@ -58,9 +66,9 @@ class Trainer(io.ComfyNode):
 
     @classmethod
     def execute(cls, judge, questions, objective, self_check, **inputs):
-        goal = Objective(questions, objective)
-        judge.judge.check(questions)
         inputs = SimpleNamespace(**{**LEFT_OUT, **inputs})
+        goal = Objective(questions, objective, inputs.target)
+        judge.judge.check(questions)
         settings = settings_from(inputs)
         student = student_from(inputs)
         show = Progress(cls.hidden.unique_id, settings.steps)
@@ -96,6 +104,7 @@ def settings_from(inputs: SimpleNamespace) -> Settings:
         learn_at=inputs.learn_at,
         accumulate=inputs.accumulate,
         drift_limit=inputs.drift_limit,
+        augment=inputs.augment,
     )
 
 

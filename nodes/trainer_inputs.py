@@ -4,7 +4,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..trainers.dual_process import LEARN_AT
-from ..trainers.objective import LIKELIHOOD, MARGIN
+from ..trainers.objective import LIKELIHOOD, MARGIN, TARGET
 from .lora import saved_loras
 from .types import JudgeType, PromptsType, QuestionsType
 
@@ -88,9 +88,9 @@ def _judging() -> list[io.Input]:
     return [
         io.Combo.Input(
             "objective",
-            options=[MARGIN, LIKELIHOOD],
+            options=[MARGIN, LIKELIHOOD, TARGET],
             tooltip="Answer margin (Yes or No): push until the answer is clearly won, then stop pushing. "
-            "Answer likelihood: the paper's cross-entropy, for any answer.",
+            "Answer likelihood: the paper's cross-entropy, for any answer. Answer target: the same up to 'target'.",
         ),
         io.Float.Input(
             "anchor",
@@ -177,5 +177,25 @@ def _further() -> list[io.Input]:
             optional=True,
             tooltip="Training stops when pictures of seeds that are not trained on get darker, greyer, emptier or more "
             "alike, or the reverse, by more than this share (0.5: half). 0: never.",
+        ),
+        io.Float.Input(
+            "target",
+            default=0.982,
+            min=0.5,
+            max=0.9999,
+            step=0.001,
+            round=False,
+            optional=True,
+            tooltip="Probability at which an answer counts as won and stops pushing (not for answer likelihood).",
+        ),
+        io.Float.Input(
+            "augment",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="How much pictures are cropped and changed in contrast and brightness before the judge sees them "
+            "(1: up to 10 % and 20 %). Helps against a judge that is fooled; blurs what depends on exact places.",
         ),
     ]

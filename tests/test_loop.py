@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dual_process.tests import vlm_families
+from dual_process.trainers.augment import varied, with_noise
 from dual_process.trainers.dual_process import (
     EARLY_STEPS,
     FRESH_NOISE,
@@ -20,10 +21,9 @@ from dual_process.trainers.dual_process import (
     one_pass,
     starts,
     train,
-    with_noise,
 )
 from dual_process.trainers.guards import warning
-from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
+from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
 
@@ -307,10 +307,12 @@ def test_objectives_by_hand():
     wanted, other = torch.nn.functional.logsigmoid(torch.tensor([1.0, -1.0])).tolist()
     likelihood, p = Objective([Question("?")], LIKELIHOOD)(BrightnessJudge(), images)
     assert likelihood.item() == pytest.approx(-wanted) and p.item() == pytest.approx(torch.tensor(1.0).sigmoid().item())
-    margin, _ = Objective([Question("?")], MARGIN, margin=3.0)(BrightnessJudge(), images)
-    assert margin.item() == pytest.approx(3 - (wanted - other))
-    won, _ = Objective([Question("?")], MARGIN, margin=0.5)(BrightnessJudge(), images)
-    assert won.item() == 0
+    margin, _ = Objective([Question("?")], MARGIN, target=0.95)(BrightnessJudge(), images)
+    assert margin.item() == pytest.approx(math.log(19) - (wanted - other))
+    target, _ = Objective([Question("?")], TARGET, target=0.95)(BrightnessJudge(), images)
+    assert target.item() == pytest.approx(math.log(0.95) - wanted)
+    for kind in (MARGIN, TARGET):
+        assert Objective([Question("?")], kind, target=0.6)(BrightnessJudge(), images)[0].item() == 0
     both, p = Objective([Question("?", "Yes", 3.0), Question("?", "No", 1.0)], LIKELIHOOD)(BrightnessJudge(), images)
     assert both.item() == pytest.approx((3 * -wanted + -other) / 4) and p.shape == (1, 2)
     with pytest.raises(ValueError, match="No question"):
@@ -320,7 +322,7 @@ def test_objectives_by_hand():
 def test_a_question_to_keep_pushes_only_when_it_got_worse():
     """The judge's log-odds are 8 * (brightness - 0.5); before training the answer to keep had those of 0.25."""
     kept = [Question("Is it bright?"), Question("Is it a picture?", keep=True)]
-    before = Objective(kept, margin=5.0).start_from([0.5, torch.tensor(-2.0).sigmoid().item()])
+    before = Objective(kept, target=1 / (1 + math.exp(-5))).start_from([0.5, torch.tensor(-2.0).sigmoid().item()])
     for brightness, keep_loss in ((0.25, 0.0), (0.5, 0.0), (0.125, 1.0)):
         loss, scores = before(BrightnessJudge(), torch.full((1, 3, 2, 2), brightness))
         odds = 8 * (brightness - 0.5)
@@ -352,6 +354,23 @@ def test_a_score_does_not_ask_for_more_than_the_judge_can_give():
     assert Objective([Question("?")], MARGIN)(Hesitant(), white)[1].item() == pytest.approx(1 / (1 + math.exp(-4)))
     raw = Objective([Question("?")], LIKELIHOOD)(Hesitant(), white)[1].item()
     assert raw == pytest.approx(0.5 / (1 + math.exp(-4)))
+
+
+def test_pictures_are_varied_a_little_and_differentiably():
+    rng, pictures = torch.Generator().manual_seed(0), torch.rand(8, 3, 24, 40)
+    assert varied(pictures, 0.0, rng) is pictures
+    assert torch.equal(rng.get_state(), torch.Generator().manual_seed(0).get_state())
+    flat = varied(torch.full((200, 3, 8, 8), 0.5), 1.0, rng)
+    shift = flat.mean(dim=(1, 2, 3)) - 0.5
+    assert flat.std(dim=(1, 2, 3)).max() < 1e-6 and 0.08 < shift.abs().max() <= 0.1
+    ramp = torch.linspace(0, 1, 40).expand(200, 3, 24, 40)
+    steps = varied(ramp, 1.0, rng).diff(dim=3)[..., 5:-5].mean(dim=(1, 2, 3)) * 39  # crop and contrast change the slope
+    assert 0.7 < steps.min() < 0.85 and 1.1 < steps.max() <= 1.21
+    again = (varied(pictures.double(), 0.7, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(*again)
+    assert torch.autograd.gradcheck(
+        lambda x: varied(x, 0.7, torch.Generator().manual_seed(1)), torch.rand(1, 3, 4, 5).double().requires_grad_()
+    )
 
 
 def test_noise_has_the_strength_it_says():

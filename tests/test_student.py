@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dual_process.tests.gradients import derivative_ratio, give_lora_a_value, picture_to_lora_ratio
-from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
+from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.question import Question
 
 ALL = [
@@ -207,11 +207,12 @@ def test_draws_what_ksampler_draws(lab):
     assert torch.allclose(student.run(lambda: student.draw(11), beside=[]).movedim(1, -1), picture, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [MARGIN, LIKELIHOOD])
+@pytest.mark.parametrize("kind", [MARGIN, TARGET, LIKELIHOOD])
 def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind):
     """The loop's two-part backward against plain end-to-end autograd, anchor included."""
     student, judge = lab.build_student("SD3"), lab.build_judge()
-    objective = Objective([Question("Is the line thick?"), Question("What is it?", "a line", 2.0)], kind, margin=30.0)
+    questions = [Question("Is the line thick?"), Question("What is it?", "a line", 2.0)]
+    objective = Objective(questions, kind, target=1 - 1e-13)
     anchor = 0.3
 
     def loop():

@@ -123,7 +123,7 @@ def test_a_file_of_true_width_is_detected_trained_and_saved(lab, name, caplog):
     )
     before, judge = student.lora.snapshot(), lab.build_judge()
     settings = Settings(steps=2, check_every=0, check_seeds=1)
-    objective = Objective([Question("Is the line thick?")], margin=30.0)
+    objective = Objective([Question("Is the line thick?")], target=1 - 1e-13)
     run = student.run(lambda: train(student, judge.judge, objective, settings, lambda *_: None), [judge.patcher])
     assert len(run.loss) == 2 and all(map(math.isfinite, run.loss))
     after = student.lora.snapshot()

@@ -68,7 +68,7 @@ def test_two_steps(lab, name, label):
     weights = {key: value.clone() for key, value in model.model.state_dict().items()}
     student, judge = lab.build_student(name, model), lab.build_judge()
     before = student.lora.snapshot()
-    objective = Objective([Question("Is the line thick?")], margin=30.0)
+    objective = Objective([Question("Is the line thick?")], target=1 - 1e-13)
     settings = Settings(steps=2, check_every=0, check_seeds=1)
     run = student.run(lambda: train(student, judge.judge, objective, settings, lambda *_: None), [judge.patcher])
     assert len(run.loss) == 2 and all(torch.isfinite(torch.tensor(run.loss)))

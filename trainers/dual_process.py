@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .augment import varied, with_noise
 from .average import Average
 from .guards import changes, warning
 from .objective import Objective
@@ -42,6 +43,8 @@ class Settings:
         anchor: weight of the mean squared distance between x0 with and without the LoRA, in the model's latent units.
         judge_noise: standard deviation at most of the noise laid over pictures before the judge, in 0..1 pixel units;
             it takes away the pixel patterns that fool a judge.
+        augment: 0..1, how much pictures are cropped and changed in contrast and brightness before the judge,
+            see ``augment.varied``.
         clip: gradient norm at most.
         check_every: steps between looks at the held-out seeds; 0 never looks.
         held: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
@@ -60,6 +63,7 @@ class Settings:
     seed: int = 0
     anchor: float = 0.1
     judge_noise: float = 0.1
+    augment: float = 0.0
     clip: float = 1.0
     check_every: int = 20
     held: float = 0.97
@@ -225,13 +229,13 @@ def one_pass(
     Returns:
         Loss, mean score [Q], pictures [B, 3, H, W], unclamped.
     """
-    before = with_noise(untaught(student, noise, k), settings.judge_noise, rng) if objective.compares else None
+    before = shown(untaught(student, noise, k), settings, rng) if objective.compares else None
     x0 = student.predict(x, k)
     image = student.decode(x0)
 
     # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
     seen = image.detach().clamp(0, 1).requires_grad_()
-    loss, scores = objective(judge, with_noise(seen, settings.judge_noise, rng), before)
+    loss, scores = objective(judge, shown(seen, settings, rng), before)
     (loss * judge.gradient_scale).backward()
     with torch.no_grad(), student.lora.disabled():
         drift = x0 - student.predict(x, k)
@@ -241,17 +245,16 @@ def one_pass(
     return loss.detach(), scores.mean(dim=0), image.detach()
 
 
+def shown(images: Tensor, settings: Settings, rng: torch.Generator) -> Tensor:
+    """``images`` [B, 3, H, W] as the judge gets them during training."""
+    return with_noise(varied(images, settings.augment, rng), settings.judge_noise, rng)
+
+
 @torch.no_grad()
 def untaught(student, noise: Tensor, k: int) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 that the student predicts at step ``k`` from the same noise without its LoRA."""
     with student.lora.disabled():
         return student.decode(student.predict(student.roll(noise, k), k)).clamp(0, 1)
-
-
-def with_noise(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """``image`` plus Gaussian noise whose standard deviation is drawn from 0..``strength`` for each picture."""
-    sigma = strength * torch.rand(image.shape[0], 1, 1, 1, generator=rng)
-    return image + (sigma * torch.randn(image.shape, generator=rng)).to(image)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def _story(run: Run, objective: Objective, settings: Settings, judge: str, stude
         "version": VERSION,
         "questions": [_asked(question) for question in objective.questions],
         "objective": objective.kind,
-        "margin": objective.margin,
+        "target": objective.target,
         "judge": judge,
         "model": type(student.model.model.model_config).__name__,
         "prompts": student.prompts,

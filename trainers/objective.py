@@ -13,6 +13,7 @@ from ..vlm.question import Question
 
 LIKELIHOOD = "answer likelihood"
 MARGIN = "answer margin"
+TARGET = "answer target"
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,17 @@ class Objective:
     """The loss of a batch of pictures under a list of questions.
 
     ``answer likelihood`` is the paper's loss (section 3): cross-entropy of the wanted answer, for any answer text.
-    ``answer margin`` applies to Yes/No questions: ``relu(margin - (log P(wanted) - log P(other)))``. It cancels the
-    judge's leaning to one answer and stops pushing once the answer is won, which is what keeps pictures from being
-    burnt for a last per mille of probability. Questions with other answers fall back to cross-entropy.
+    ``answer target`` is the same up to a probability: ``relu(log target - log P(wanted))``. A won question stops
+    pushing, which is what keeps pictures from being burnt for a last per mille of probability.
+    ``answer margin`` applies to Yes/No questions: ``relu(logit target - (log P(wanted) - log P(other)))``. It also
+    cancels the judge's leaning to one answer. Questions with other answers fall back to cross-entropy.
 
     A question to keep pushes only as long as its answer is less likely than before training.
 
     Args:
         questions: at least one that is not to keep; weights are relative.
-        kind: ``LIKELIHOOD`` or ``MARGIN``.
-        margin: log-odds at which a Yes/No question counts as won; 4 is a probability of 0.982.
+        kind: ``LIKELIHOOD``, ``TARGET`` or ``MARGIN``.
+        target: probability, between 0 and 1, at which an answer counts as won; 0.982 are log-odds of 4.
         before: scores of all questions before training, see ``start_from``; empty: nothing is known of it.
     Raises:
         ValueError: no question to teach.
@@ -37,7 +39,7 @@ class Objective:
 
     questions: list[Question]
     kind: str = MARGIN
-    margin: float = 4.0
+    target: float = 0.982
     before: tuple[float, ...] = ()
 
     def __post_init__(self):
@@ -68,21 +70,23 @@ class Objective:
         for i, opposite in enumerate(opposites):
             wanted = log_p[:, i]
             if opposite is None:
-                losses.append(torch.relu(self._goal(i, torch.log, 0.0) - wanted))
+                won = self.target if self.kind == TARGET else 1.0
+                losses.append(torch.relu(self._goal(i, torch.log, won) - wanted))
                 scores.append(wanted.exp())
             else:
                 odds = wanted - next(others)
-                losses.append(torch.relu(self._goal(i, torch.logit, self.margin) - odds))
+                losses.append(torch.relu(self._goal(i, torch.logit, self.target) - odds))
                 scores.append(odds.sigmoid())
         weights = log_p.new_tensor([q.weight for q in self.questions])
         loss = (torch.stack(losses, dim=1) * weights).sum(dim=1).mean() / weights.sum()
         return loss, torch.stack(scores, dim=1).detach()
 
     def _goal(self, i: int, scale: Callable[[Tensor], Tensor], won: float) -> float:
-        """Where question ``i`` stops pushing, on the loss's own scale."""
-        if not (self.questions[i].keep and self.before):
-            return won
-        return min(won, scale(torch.tensor(self.before[i], dtype=torch.float64)).item())
+        """Where question ``i`` stops pushing, on the loss's own scale: at ``won``, a probability, or, if it is to keep,
+        where it was before training if that is less."""
+        if self.questions[i].keep and self.before:
+            won = min(won, self.before[i])
+        return scale(torch.tensor(won, dtype=torch.float64)).item()
 
     def standing(self, scores: list[float]) -> float:
         """How well the worst question does, 0..1: its score, or the share that is left of the score to keep."""
