@@ -67,6 +67,6 @@ def test_oracles_refuse_ruins(name):
     generator = torch.Generator().manual_seed(2)
     _, images = some_scenes(96, seed=3)
     ruined = torch.cat([pictures.RUINS[name](part, generator) for part in images.split(8)])
-    may_hide = ("ghosts", "many_suns", "second_line")  # what falls onto its like ruins nothing
+    may_hide = ("ghosts", "many_suns", "second_line", "broken_line")  # what falls onto its like ruins nothing
     allowed = 0.2 if name in may_hide else 0.03
     assert oracles.measure(ruined)["readable"].float().mean() <= allowed

@@ -166,6 +166,7 @@ def checks(x: Tensor, parts: Parts) -> dict[str, Tensor]:
     ground_share, ground_error = _between(ground, _GROUND)
     result = {
         "one line": (runs == 1) & (dips.amax(1) > 0.45),
+        "unbroken line": _unbroken(parts) > 0.9,
         "stroke": (stroke > 0.6) & (stroke < 5.5),
         "no stray ink": stray < 10,
         "smooth sky": (jumps & parts.sky).sum((1, 2)) < 75,
@@ -177,6 +178,18 @@ def checks(x: Tensor, parts: Parts) -> dict[str, Tensor]:
     for name, ball in (("white", parts.white), ("green", parts.green)):
         result |= {f"{name} {key}": ok for key, ok in _ball_checks(ball, parts).items()}
     return result
+
+
+def _unbroken(parts: Parts) -> Tensor:
+    """Share [B] of the columns, without those where a ball hides the line, that are dark within 2 px of the horizon."""
+    rows, _ = _grid(parts.luma)
+    offset = (rows - parts.horizon[:, None, None]).abs()
+    line, around = offset < 2, (offset >= 4) & (offset <= 7) & ~parts.near_balls
+    free = ~(line & parts.near_balls).any(1)
+    paler = (parts.luma * around).sum(1) / around.sum(1).clamp(min=1)
+    darkest = parts.luma.masked_fill(~line, torch.inf).amin(1)
+    inked = (paler - darkest) / (paler - _INK).clamp(min=0.1) > 0.3
+    return (inked & free).sum(1) / free.sum(1).clamp(min=1)
 
 
 def _ball_checks(ball: Ball, parts: Parts) -> dict[str, Tensor]:

@@ -250,6 +250,21 @@ def no_line(images: Tensor, g: torch.Generator) -> Tensor:
     return scenes.draw({**a, "horizon_line": line}, images.shape[-1]).to(images.device)
 
 
+def broken_line(images: Tensor, g: torch.Generator) -> Tensor:
+    """A horizon that stands 3 to 9 px higher or lower in a part of the picture, with or without a line there."""
+    count, side = len(images), images.shape[-1]
+    _, columns = _grid(images)
+    a = scenes.attributes(torch.rand(count, 8, generator=g))
+    step, upward, drawn = (_uniform(g, count, *span).flatten() for span in ((3, 9), (-1, 1), (-1, 1)))
+    horizon = (a["horizon"] + step / 64 * upward.sign()).clamp(0.15, 0.85)
+    line = torch.where(drawn > 0, a["horizon_line"], -1.0)
+    start, length = (_uniform(g, count, *span).to(images.device) for span in ((-0.2, 0.7), (0.25, 0.6)))
+    part = ((columns - start) * 12).clamp(0, 1) * ((start + length - columns) * 12).clamp(0, 1)
+    whole = scenes.draw(a, side).to(images.device)
+    other = scenes.draw({**a, "horizon": horizon, "horizon_line": line}, side).to(images.device)
+    return whole + part * (other - whole)
+
+
 def missing_ink(images: Tensor, g: torch.Generator) -> Tensor:
     """A scene without lines."""
     a = scenes.attributes(torch.rand(len(images), 8, generator=g))
@@ -287,10 +302,10 @@ def hills(images: Tensor, g: torch.Generator) -> Tensor:
 RUINS: dict[str, Ruin] = {
     ruin.__name__: ruin for ruin in (ladder, extra_horizons, blobs, bands, near_black, burnt, pure_noise, blend,
                                      huge_strokes, colour_flood, missing_balls, missing_ink, ink_flood, stains,
-                                     ghosts, many_suns, second_line, no_line, melted, shuffled, warped, hills)
+                                     ghosts, many_suns, second_line, no_line, broken_line, melted, shuffled, warped,
+                                     hills)
 }
 # what a generator does to please a judge, and a judge is slow to see
 SUBTLE: dict[str, Ruin] = {
-    ruin.__name__: ruin for ruin in (extra_horizons, missing_balls, stains, ghosts, many_suns, second_line, no_line,
-                                     warped, hills)
+    ruin.__name__: ruin for ruin in (missing_balls, ghosts, many_suns, second_line, no_line, broken_line)
 }
