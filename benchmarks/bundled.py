@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.utils import save_image
 
 from dual_process.demo.comfyui import PACK, use_comfyui
 from dual_process.tiny.oracles import holds, measure
@@ -122,3 +123,8 @@ def measured(before: Tensor, after: Tensor, about: str, answer: str) -> dict:
 def share(flags: Tensor) -> float:
     """Mean of a boolean tensor, 0..1."""
     return flags.float().mean().item()
+
+
+def save_sheet(pictures: Tensor, beside: Path, name: str) -> None:
+    """Eight pictures a row, as a PNG beside the results in file ``beside``."""
+    save_image(pictures, beside.with_name(f"{beside.stem}_{name.replace(' ', '_')}.png"), nrow=8)

@@ -1,9 +1,9 @@
 """How well a control holds, said by functions that measure pixels and know nothing of the judge.
 
 `python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
-property both ways, two properties at once and as two LoRAs, ten times the steps at five times the rate, and the
-published recipe. Rows that are in FILE already are not taught again, so a stopped run goes on where it was; the
-pictures lie beside it.
+property both ways, two properties at once and as two LoRAs, ten times the steps at five times the rate, the published
+recipe, and every guard taken away, one at a time. Rows that are in FILE already are not taught again, so a stopped run
+goes on where it was; the pictures lie beside it. Ends with the table of the README.
 """
 
 from __future__ import annotations
@@ -13,20 +13,31 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-from torchvision.utils import make_grid
-
-from dual_process.benchmarks.bundled import TEMPLATE, Laboratory, Lesson, measured
+from dual_process.benchmarks.bundled import TEMPLATE, Laboratory, Lesson, measured, save_sheet
 from dual_process.trainers.dual_process import ANY_STEP, Settings
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
 
 PROPERTIES = ("horizon", "palette", "line", "depth")
 EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
+GUARDS = ("luminance", "saturation", "edge_density", "colour_entropy")
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
 PUBLISHED = Settings(
     steps=190, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
 )
+# guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property
+HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
+WITHOUT = {
+    "all guards": {},
+    "without the anchor": {"anchor": 0.0},
+    "without noise before the judge": {"judge_noise": 0.0},
+    "without the running average": {"average": 0.0},
+    "without looks at held-out seeds": {"check_every": 0},
+    "without a target": {"kind": LIKELIHOOD},
+    "without the question to keep": {"keep": False},
+    "learning at any step": {"learn_at": ANY_STEP},
+    "with crops and contrast": {"augment": 1.0},
+}
 
 
 class Table:
@@ -48,9 +59,7 @@ class Table:
             row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
         self.rows.append(row)
         self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
-        sheet = make_grid(lesson.after, nrow=8)
-        image = Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
-        image.save(self.file.with_name(f"{self.file.stem}_{name.replace(' ', '_')}_{seed}.png"))
+        save_sheet(lesson.after, self.file, f"{name} {seed}")
         print(json.dumps(row), flush=True)
 
 
@@ -63,6 +72,7 @@ def main() -> None:
     table, laboratory = Table(arguments.json), Laboratory()
 
     def teach(name: str, goals: dict[str, str], settings: Settings, keep: bool = True, kind: str = MARGIN) -> None:
+        """One row, unless it is there already."""
         if name.startswith(arguments.only) and not table.has(name, settings.seed):
             table.add(name, settings.seed, laboratory.teach(goals, settings, keep, kind), goals)
 
@@ -78,6 +88,31 @@ def main() -> None:
         for about, answer in EVERY:
             published = replace(PUBLISHED, seed=seed)
             teach(f"published recipe, {about} {answer}", {about: answer}, published, False, LIKELIHOOD)
+    for name, change in WITHOUT.items():
+        settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
+        choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
+        for about, answer in HARDER:
+            teach(f"{name}, {about} {answer}", {about: answer}, replace(TEMPLATE, **settings), **choices)
+    print(summary(table.rows))
+
+
+def summary(rows: list[dict]) -> str:
+    """Markdown: one line per row's name, mean over training seeds and the worst of them; guards are the largest change
+    of luminance, saturation, edges, colour entropy of any seed."""
+    columns = ["taught", "has it", "worst seed", "clean", "largest guard change", "diversity", "steps"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in dict.fromkeys(row["row"] for row in rows):
+        seeds = [row for row in rows if row["row"] == name]
+        found = [value for row in seeds for value in row.values() if isinstance(value, dict)]
+        oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
+        largest = max((abs(one["changes"][guard]), guard) for one in found for guard in GUARDS)
+        diversity = min(one["changes"]["diversity"] for one in found)
+        steps = sum(row["steps"] for row in seeds) / len(seeds)
+        lines.append(
+            f"| {name} | {sum(oracle) / len(oracle):.1%} | {min(oracle):.1%} | {sum(clean) / len(clean):.1%} "
+            f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {steps:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def stacked(laboratory: Laboratory, settings: Settings) -> Lesson:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dual_process.benchmarks.bundled import FIRST_SEED, TEMPLATE, Laboratory, share
+from dual_process.benchmarks.bundled import FIRST_SEED, TEMPLATE, Laboratory, save_sheet, share
 from dual_process.tiny.oracles import holds, measure
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 from dual_process.tiny.scenes import prompt_for
@@ -40,7 +40,7 @@ def prompts() -> tuple[list[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=Path, help="write the result here, and the pictures beside it")
     parser.add_argument("--steps", type=int, default=TEMPLATE.steps)
     arguments = parser.parse_args()
     laboratory = Laboratory()
@@ -51,19 +51,21 @@ def main() -> None:
         student = laboratory.student([*trained_on, *unseen], batch=SEEDS)
         student.prompts = PROMPTS  # training draws from the first eight only
 
-        def draw() -> dict[str, dict[str, float]]:
-            def of(first: int) -> dict[str, float]:
+        def draw(when: str) -> dict[str, dict[str, float]]:
+            def of(which: str, first: int) -> dict[str, float]:
                 pictures = torch.cat([student.draw(FIRST_SEED, first + i) for i in range(PROMPTS)])
                 pictures = (pictures * 255).round() / 255
+                if arguments.json:
+                    save_sheet(pictures, arguments.json, f"{which} {when}")
                 had = holds(pictures, "horizon", "Yes")
                 return {"oracle": share(had), "readable": share(measure(pictures)["readable"])}
 
-            return {"trained prompts": of(0), "unseen prompts": of(PROMPTS)}
+            return {name: of(name, first) for name, first in (("trained prompts", 0), ("unseen prompts", PROMPTS))}
 
         def loop():
-            before = draw()
+            before = draw("before")
             run = train(student, laboratory.judge.judge, objective, settings, lambda *_: None)
-            return before, run, draw()
+            return before, run, draw("after")
 
         before, run, after = student.run(loop, beside=[laboratory.judge.patcher])
     result = {"trained_on": trained_on, "unseen": unseen, "before": before, "after": after, "steps": len(run.loss)}
