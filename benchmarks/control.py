@@ -28,7 +28,6 @@ PUBLISHED = Settings(
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
 WITHOUT = {
-    "all guards": {},
     "without the anchor": {"anchor": 0.0},
     "without noise before the judge": {"judge_noise": 0.0},
     "without the running average": {"average": 0.0},
