@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 from dual_process.demo.comfyui import PACK, use_comfyui
 from dual_process.tiny.oracles import holds, measure
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
+from dual_process.tiny.scenes import SIDE
 from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings, train
 from dual_process.trainers.guards import changes
 from dual_process.trainers.objective import MARGIN, Objective
@@ -38,24 +39,39 @@ class Lesson:
 
 
 class Laboratory:
-    """ComfyUI in this process, with the bundled models loaded by the stock loaders."""
+    """ComfyUI in this process, with the bundled models or others in their place.
 
-    def __init__(self):
+    Args:
+        checkpoint: file with model, text encoder and VAE, as Load Checkpoint takes it; the bundled student when None.
+        judge: folder of the judge.
+    """
+
+    def __init__(self, checkpoint: Path | None = None, judge: Path = PACK / "tiny" / "judge"):
         use_comfyui(Path(tempfile.mkdtemp(prefix="dual_process_")))
         import comfy.sd
 
         from dual_process.tiny.text_encoder import load_tiny_clip
         from dual_process.trainers.comfy_memory import ManagedJudge
 
-        models = PACK / "tiny" / "models"
+        bundled = PACK / "tiny" / "models"
+        file = checkpoint or bundled / "dual_process_tiny.safetensors"
         with torch.inference_mode():
-            self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(
-                str(models / "dual_process_tiny.safetensors"), output_clip=False
+            self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(
+                str(file), output_clip=checkpoint is not None
             )[:3]
-            self.clip = load_tiny_clip(models / "dual_process_tiny_text_encoder.safetensors")
-        self.judge = ManagedJudge(load_judge(PACK / "tiny" / "judge", dtype=torch.float32))
+            if checkpoint is None:
+                self.clip = load_tiny_clip(bundled / "dual_process_tiny_text_encoder.safetensors")
+        self.judge = ManagedJudge(load_judge(judge, dtype=torch.float32 if checkpoint is None else None))
 
-    def student(self, prompts=(PROMPT,), loras=(), sampler_steps: int = 4, batch: int = BATCH, seed: int = 0):
+    def student(
+        self,
+        prompts=(PROMPT,),
+        loras=(),
+        sampler_steps: int = 4,
+        batch: int = BATCH,
+        seed: int = 0,
+        side: int = SIDE,
+    ):
         """A `ComfyStudent` that draws as the template does, its model already carrying ``loras`` (file tensors)."""
         import comfy.samplers
         import comfy.sd
@@ -68,14 +84,14 @@ class Laboratory:
             model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", sampler_steps)
         conditionings = [nodes.CLIPTextEncode().encode(self.clip, text)[0] for text in prompts]
-        latent = {"samples": torch.zeros(batch, 16, 8, 8)}
+        latent = {"samples": torch.zeros(batch, 16, side // 8, side // 8)}
         sampler = comfy.samplers.sampler_object("euler")
         return ComfyStudent(model, self.vae, conditionings, None, latent, sigmas, sampler, rank=8, alpha=8.0, seed=seed)
 
-    def draw(self, loras=(), count: int = HELD_OUT) -> Tensor:
-        """Held-out pictures [count, 3, 64, 64] of the bundled model with these LoRAs."""
+    def draw(self, loras=(), count: int = HELD_OUT, **how) -> Tensor:
+        """Held-out pictures [count, 3, H, W] of the model with these LoRAs; ``how`` as in ``student``."""
         with torch.inference_mode():
-            student = self.student(loras=loras)
+            student = self.student(loras=loras, **how)
             return student.run(lambda: held_out(student, count), beside=[])
 
     def teach(
@@ -88,15 +104,20 @@ class Laboratory:
     ) -> Lesson:
         """Teach properties with the answers wanted to their questions, for example ``{"horizon": "No"}``."""
         questions = [Question(QUESTIONS[about][0], answer) for about, answer in goals.items()]
-        objective = Objective([*questions, *([Question(KEEP_QUESTION, keep=True)] if keep else [])], kind)
+        if keep:
+            questions.append(Question(KEEP_QUESTION, keep=True))
+        return self.learn(Objective(questions, kind), settings, sampler_steps=sampler_steps)
+
+    def learn(self, objective: Objective, settings: Settings, count: int = HELD_OUT, **how) -> Lesson:
+        """One training run, with ``count`` held-out pictures before and after; ``how`` as in ``student``."""
         with torch.inference_mode():
-            student = self.student(sampler_steps=sampler_steps, seed=settings.seed)
+            student = self.student(seed=settings.seed, **how)
 
             def loop() -> Lesson:
-                before, start = held_out(student, HELD_OUT), time.monotonic()
+                before, start = held_out(student, count), time.monotonic()
                 run = train(student, self.judge.judge, objective, settings, lambda *_: None)
                 seconds = time.monotonic() - start
-                return Lesson(run, student.lora.export(), before, held_out(student, HELD_OUT), seconds)
+                return Lesson(run, student.lora.export(), before, held_out(student, count), seconds)
 
             return student.run(loop, beside=[self.judge.patcher])
 
