@@ -71,6 +71,7 @@ class Laboratory:
         batch: int = BATCH,
         seed: int = 0,
         side: int = SIDE,
+        strength: float = 1.0,
     ):
         """A `ComfyStudent` that draws as the template does, its model already carrying ``loras`` (file tensors)."""
         import comfy.samplers
@@ -81,7 +82,7 @@ class Laboratory:
 
         model = self.model
         for lora in loras:
-            model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+            model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", sampler_steps)
         conditionings = [nodes.CLIPTextEncode().encode(self.clip, text)[0] for text in prompts]
         latent = {"samples": torch.zeros(batch, 16, side // 8, side // 8)}

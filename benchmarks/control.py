@@ -1,9 +1,10 @@
 """How well a control holds, said by functions that measure pixels and know nothing of the judge.
 
 `python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
-property both ways, two properties at once and as two LoRAs, ten times the steps at five times the rate, the published
-recipe, and every guard taken away, one at a time. Rows that are in FILE already are not taught again, so a stopped run
-goes on where it was; the pictures lie beside it. Ends with the table of the README.
+property both ways (the first seed's LoRAs are also drawn at strengths from -1 to 2), two properties at once and as two
+LoRAs, ten times the steps at five times the rate, the published recipe, and every guard taken away, one at a time. Rows
+that are in FILE already are not taught again, so a stopped run goes on where it was; pictures and LoRAs lie beside it.
+Ends with the table of the README.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dual_process.benchmarks.bundled import TEMPLATE, Laboratory, Lesson, measured, save_sheet
-from dual_process.trainers.dual_process import ANY_STEP, Settings
+from safetensors.torch import load_file, save_file
+
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, Laboratory, Lesson, measured, save_sheet, share
+from dual_process.tiny.oracles import measure
+from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
 
 PROPERTIES = ("horizon", "palette", "line", "depth")
+SLID = [f"{about} Yes" for about in PROPERTIES]
 EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
 GUARDS = ("luminance", "saturation", "edge_density", "colour_entropy")
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+MEASURES = {"horizon": "horizon", "palette": "warmth", "line": "line", "depth": "depth"}  # of the oracle
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
 PUBLISHED = Settings(
@@ -49,15 +56,21 @@ class Table:
     def has(self, name: str, seed: int) -> bool:
         return any((row["row"], row["seed"]) == (name, seed) for row in self.rows)
 
-    def add(self, name: str, seed: int, lesson: Lesson, goals: dict[str, str]) -> None:
-        """Measure a lesson and write it down."""
+    def lora(self, name: str, seed: int) -> Path:
+        """Where the LoRA of a row lies."""
+        return self.file.with_name(f"{self.file.stem}_{name.replace(' ', '_')}_{seed}.safetensors")
+
+    def add(self, name: str, seed: int, lesson: Lesson, goals: dict[str, str], more: dict | None = None) -> None:
+        """Measure a lesson and write it down, with what ``more`` is known."""
         run = lesson.run
         row = {"row": name, "seed": seed, "steps": len(run.loss), "stopped": run.stopped}
-        row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores}
+        row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores if run.checks else None}
         for about, answer in goals.items():
             row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
-        self.rows.append(row)
+        self.rows.append(row | (more or {}))
         self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
+        if lesson.lora:
+            save_file(lesson.lora, self.lora(name, seed))
         save_sheet(lesson.after, self.file, f"{name} {seed}")
         print(json.dumps(row), flush=True)
 
@@ -73,7 +86,9 @@ def main() -> None:
     def teach(name: str, goals: dict[str, str], settings: Settings, keep: bool = True, kind: str = MARGIN) -> None:
         """One row, unless it is there already."""
         if name.startswith(arguments.only) and not table.has(name, settings.seed):
-            table.add(name, settings.seed, laboratory.teach(goals, settings, keep, kind), goals)
+            lesson = laboratory.teach(goals, settings, keep, kind)
+            more = slider(laboratory, lesson, *goals) if name in SLID and settings.seed == 0 else {}
+            table.add(name, settings.seed, lesson, goals, more)
 
     for seed in range(1 if arguments.quick else 3):
         ours = replace(TEMPLATE, seed=seed)
@@ -81,7 +96,7 @@ def main() -> None:
             teach(f"{about} {answer}", {about: answer}, ours)
         teach("two at once", PAIR, ours)
         if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
-            table.add("two stacked", seed, stacked(laboratory, ours), PAIR)
+            table.add("two stacked", seed, stacked(laboratory, table, seed), PAIR)
         drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)
         teach("ten times the steps, five times the rate", {"horizon": "Yes"}, drill)
         for about, answer in EVERY:
@@ -102,7 +117,7 @@ def summary(rows: list[dict]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
-        found = [value for row in seeds for value in row.values() if isinstance(value, dict)]
+        found = [value for row in seeds for value in row.values() if isinstance(value, dict) and "oracle" in value]
         oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
         largest = max((abs(one["changes"][guard]), guard) for one in found for guard in GUARDS)
         diversity = min(one["changes"]["diversity"] for one in found)
@@ -114,12 +129,20 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def stacked(laboratory: Laboratory, settings: Settings) -> Lesson:
-    """Two properties, each taught alone, and both LoRAs on one model."""
-    lessons = [laboratory.teach({about: answer}, settings) for about, answer in PAIR.items()]
-    seconds = sum(lesson.seconds for lesson in lessons)
-    after = laboratory.draw([lesson.lora for lesson in lessons])
-    return Lesson(lessons[-1].run, {}, lessons[0].before, after, seconds)
+def slider(laboratory: Laboratory, lesson: Lesson, about: str) -> dict:
+    """What the oracle measures, as a mean over the readable pictures, at every strength of the lesson's LoRA."""
+    slid = {}
+    for strength in STRENGTHS:
+        found = measure(laboratory.draw([lesson.lora], 2 * BATCH, strength=strength))
+        value = found[MEASURES[about]][found["readable"]].mean().item()
+        slid[strength] = {"mean": value, "readable": share(found["readable"])}
+    return {"strengths": slid}
+
+
+def stacked(laboratory: Laboratory, table: Table, seed: int) -> Lesson:
+    """The LoRAs of two properties that were taught alone, both on one model."""
+    loras = [load_file(table.lora(f"{about} {answer}", seed)) for about, answer in PAIR.items()]
+    return Lesson(Run(), {}, laboratory.draw(), laboratory.draw(loras), 0.0)
 
 
 if __name__ == "__main__":
