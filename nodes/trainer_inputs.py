@@ -178,4 +178,11 @@ def _further() -> list[io.Input]:
             tooltip="Training stops when pictures of seeds that are not trained on get darker, greyer, emptier or more "
             "alike, or the reverse, by more than this share (0.5: half). 0: never.",
         ),
+        JudgeType.Input(
+            "second_judge",
+            optional=True,
+            tooltip="Never trained against, only asked about pictures of seeds not trained on. Of these looks, "
+            "the LoRA that this judge likes best is kept, and training ends when both judges say stop_at. Connect "
+            "another model than judge.",
+        ),
     ]
