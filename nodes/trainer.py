@@ -17,14 +17,15 @@ from torch import Tensor
 from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
-from ..trainers.guards import warning
+from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
 from ..trainers.objective import Objective
+from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
 from .lora import read_lora
 from .trainer_inputs import NEW_LORA, trainer_inputs
-from .types import CATEGORY, LoRAType, LossType
+from .types import CATEGORY, LoRAType, LossType, ReportType
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ PREVIEW_SECONDS = 0.5
 CHECKED_PICTURES = 4  # held-out pictures at least
 LEFT_OUT = {"negative": None, "more_prompts": (), "sigmas": None, "sampler": None, "drift_limit": 0.5}
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one."
-NOTICEABLE = 0.15  # changes of the pictures that are put into words
 
 
 class Trainer(io.ComfyNode):
@@ -52,6 +52,7 @@ class Trainer(io.ComfyNode):
                 LossType.Output(display_name="history", tooltip="Loss of every step, for Plot Loss Graph."),
                 io.Image.Output(display_name="before", tooltip="Pictures of held-out seeds before this training."),
                 io.Image.Output(display_name="after", tooltip="The same seeds with it."),
+                ReportType.Output(display_name="report", tooltip="What happened, for Run Report."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -83,7 +84,7 @@ class Trainer(io.ComfyNode):
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
-        return io.NodeOutput(lora, history, before, after, ui=pairs)
+        return io.NodeOutput(lora, history, before, after, Report(run, story), ui=pairs)
 
 
 def settings_from(inputs: SimpleNamespace) -> Settings:
