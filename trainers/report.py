@@ -61,7 +61,8 @@ class Report:
 
     @property
     def title(self) -> str:
-        return self.header["modelspec.title"]
+        """What was taught; what had only to stay is left out."""
+        return "; ".join(f"{q['text']} {q['answer']}" for q in self.story["questions"] if not q["keep"])
 
     @property
     def last_step(self) -> int:
@@ -158,13 +159,13 @@ same LoRA.</li>
 
 
 def _tiles(report: Report) -> str:
-    """The least certain question of each judge, in large numbers."""
+    """The question taught that is least certain in the end, for each judge, in large numbers."""
     tiles = []
     for number, (judge, _, _) in enumerate(report.judged(0)):
-        pairs = [report.judged(n)[number][1:] for n in range(len(report.story["questions"]))]
+        pairs = [report.judged(n)[number][1:] for n, q in enumerate(report.story["questions"]) if not q["keep"]]
         before, after = min(pairs, key=lambda pair: pair[1])
         role = ("judge", "second judge, never trained against")[number]
-        least = ", its least certain question" if len(pairs) > 1 else ""
+        least = ", the question it is least sure of" if len(pairs) > 1 else ""
         tiles.append((f"{before:.0%} → {after:.0%}", f"{role}{least}", judge))
     tiles.append(
         (str(len(report.loss)), f"steps of {report.story['settings']['steps']} at most", report.story["model"])
@@ -354,11 +355,12 @@ figcaption{margin-top:.35rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th{color:var(--quiet);font-weight:500;font-size:.86rem}
 th,td{text-align:left;vertical-align:top;padding:.45rem 1rem .45rem 0;border-top:1px solid var(--rule);
-white-space:pre-line;overflow-wrap:anywhere}
+white-space:pre-line;overflow-wrap:break-word}
 tr:first-child>*{border-top:0}
 .settings table{display:block;columns:2 20rem;column-gap:2.5rem}
 .settings tbody{display:contents}.settings tr{display:grid;grid-template-columns:9rem 1fr;break-inside:avoid}
-.settings td:first-child{color:var(--quiet)}.settings td{border-top:0;border-bottom:1px solid var(--rule)}
+.settings td:first-child{color:var(--quiet)}
+.settings td{min-width:0;overflow-wrap:anywhere;border-top:0;border-bottom:1px solid var(--rule)}
 .number{text-align:right}
 .bar{position:relative;width:34%;background:linear-gradient(var(--rule),var(--rule)) 50%/1px 100% no-repeat}
 .bar i{position:absolute;top:.85rem;height:.5rem;border-radius:3px;background:var(--quiet)}
@@ -367,7 +369,7 @@ tr:first-child>*{border-top:0}
 .swatch{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--q);margin-right:.5em}
 .legend{margin:.4rem 0 0}.legend span{margin-right:1.2rem}
 svg{display:block;width:100%;height:auto}
-svg text{fill:var(--quiet);font-size:11px}
+svg text{fill:var(--quiet);font-size:11px;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 polyline{fill:none;stroke:var(--q);stroke-linejoin:round}
 .raw{stroke-width:1;opacity:.28}.smooth{stroke-width:2.2}.second{stroke-width:1.4;stroke-dasharray:5 4}
 .disc{fill:var(--q)}.ring{fill:var(--card);stroke:var(--q);stroke-width:2}
