@@ -101,7 +101,7 @@ def test_one_judge_and_a_run_without_a_step(told):
     run, report = told(held=0.0)
     read = Page(page(report))
     assert run.loss == [] and "Nothing was trained" in read.text and "held before the first step" in read.text
-    assert "second" not in read.text and read.tags.count("circle") == 2
+    assert "never trained against" not in read.text and read.tags.count("circle") == 2
     assert sheet(report).width > 700
 
 
@@ -123,12 +123,13 @@ def test_pictures_between_are_not_kept(told):
 
 def test_the_node_writes_page_and_sheet_side_by_side_and_never_over_others(told):
     import folder_paths
+    from comfy_api.latest import io
 
     from dual_process.nodes.report import RunReport
     from dual_process.trainers.report import page, sheet
 
     _, report = told()
-    hidden = {"hidden_inputs": {"prompt": {"1": {}}, "extra_pnginfo": {"workflow": {"nodes": []}}}}
+    hidden = {"hidden_inputs": {io.Hidden.prompt: {"1": {}}, io.Hidden.extra_pnginfo: {"workflow": {"nodes": []}}}}
     outputs = [RunReport.PREPARE_CLASS_CLONE(hidden).EXECUTE_NORMALIZED(report, "sub/tale") for _ in range(2)]
     paths = [Path(output.result[0]) for output in outputs]
     assert [path.name for path in paths] == ["tale_00001_.html", "tale_00002_.html"]
