@@ -16,6 +16,8 @@ from .loaders import JudgeLoader, TinyTextEncoder
 from .lora import ApplyLoRA, SaveLoRA
 from .native import native_nodes
 from .question import AskQuestion, MorePrompts
+from .report import RunReport
+from .strength_sheet import StrengthSheet
 from .trainer import Trainer
 
 
@@ -30,6 +32,8 @@ class DualProcessExtension(ComfyExtension):
             Trainer,
             ApplyLoRA,
             SaveLoRA,
+            RunReport,
+            StrengthSheet,
             AskJudge,
             JudgeScore,
             SeenByJudge,

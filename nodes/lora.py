@@ -34,11 +34,54 @@ def read_lora(name: str) -> dict[str, torch.Tensor]:
     return load_file(folder_paths.get_full_path_or_raise("loras", name))
 
 
+def lora_inputs() -> tuple[io.Input, io.Input]:
+    """The two ways to give a node a LoRA: by name, and from a trainer."""
+    return (
+        io.Combo.Input(
+            "lora_name",
+            options=[FROM_TRAINER, *saved_loras()],
+            tooltip="A saved LoRA, used when no trainer is connected.",
+        ),
+        LoRAType.Input("lora", optional=True, tooltip="The LoRA of a trainer. It wins over lora_name."),
+    )
+
+
+def lora_patches(model, lora_name: str, lora: dict[str, torch.Tensor] | None, node: str) -> dict:
+    """ComfyUI's patches that the chosen LoRA holds for ``model``; what fits no layer is counted in the log.
+
+    Args:
+        node: how the node is called in messages.
+    Raises:
+        ValueError: no LoRA is chosen, or nothing of it fits.
+    """
+    name = "the connected LoRA" if lora is not None else lora_name
+    if lora is None:
+        if lora_name == FROM_TRAINER:
+            raise ValueError(f"{node} has no LoRA: connect a trainer, or choose a file in lora_name.")
+        lora = read_lora(lora_name)
+    patches, left_over = fit(lora, model.model, name)
+    if left_over:
+        model_class = type(model.model).__name__
+        logger.warning(
+            "%s: %d of the %d tensors of %s fit no layer of %s, first '%s'; the others are applied.",
+            node, len(left_over), len(lora), name, model_class, left_over[0],
+        )  # fmt: skip
+    return patches
+
+
+def with_patches(model, patches: dict, strength: float):
+    """A clone of MODEL with ``lora_patches`` at a strength (1 is what was trained)."""
+    controlled = model.clone()
+    controlled.add_patches(patches, strength)
+    return controlled
+
+
 class ApplyLoRA(io.ComfyNode):
     """MODEL + LoRA -> MODEL."""
 
     @classmethod
     def define_schema(cls):
+        lora_name, lora = lora_inputs()
         return io.Schema(
             node_id="DualProcessApplyLoRA",
             display_name="LoRA Apply",
@@ -46,11 +89,7 @@ class ApplyLoRA(io.ComfyNode):
             description="Adds a learned control to a model: the trainer's LoRA, or a saved one.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to control; the one that was trained, or a relative."),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[FROM_TRAINER, *saved_loras()],
-                    tooltip="A saved LoRA, used when no trainer is connected.",
-                ),
+                lora_name,
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -59,28 +98,14 @@ class ApplyLoRA(io.ComfyNode):
                     step=0.05,
                     tooltip="1 is what was trained; less is subtler, 0 is off, below 0 is the opposite.",
                 ),
-                LoRAType.Input("lora", optional=True, tooltip="The LoRA of a trainer. It wins over lora_name."),
+                lora,
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the control.")],
         )
 
     @classmethod
     def execute(cls, model, lora_name, strength, lora=None):
-        name = "the connected LoRA" if lora is not None else lora_name
-        if lora is None:
-            if lora_name == FROM_TRAINER:
-                raise ValueError("LoRA Apply has no LoRA: connect a trainer, or choose a file in lora_name.")
-            lora = read_lora(lora_name)
-        patches, left_over = fit(lora, model.model, name)
-        if left_over:
-            model_class = type(model.model).__name__
-            logger.warning(
-                "LoRA Apply: %d of the %d tensors of %s fit no layer of %s, first '%s'; the others are applied.",
-                len(left_over), len(lora), name, model_class, left_over[0],
-            )  # fmt: skip
-        controlled = model.clone()
-        controlled.add_patches(patches, strength)
-        return io.NodeOutput(controlled)
+        return io.NodeOutput(with_patches(model, lora_patches(model, lora_name, lora, "LoRA Apply"), strength))
 
 
 class SaveLoRA(io.ComfyNode):

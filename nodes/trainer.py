@@ -17,14 +17,15 @@ from torch import Tensor
 from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
-from ..trainers.guards import warning
+from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
 from ..trainers.objective import Objective
+from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
 from .lora import read_lora
 from .trainer_inputs import NEW_LORA, trainer_inputs
-from .types import CATEGORY, LoRAType, LossType
+from .types import CATEGORY, LoRAType, LossType, ReportType
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ LEFT_OUT = {
     "target": 0.982,
     "augment": 0.0,
 }
-NOTICEABLE = 0.15  # changes of the pictures that are put into words
+SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one."
 
 
 class Trainer(io.ComfyNode):
@@ -59,34 +60,39 @@ class Trainer(io.ComfyNode):
                 LossType.Output(display_name="history", tooltip="Loss of every step, for Plot Loss Graph."),
                 io.Image.Output(display_name="before", tooltip="Pictures of held-out seeds before this training."),
                 io.Image.Output(display_name="after", tooltip="The same seeds with it."),
+                ReportType.Output(display_name="report", tooltip="What happened, for Run Report."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, judge, questions, objective, self_check, **inputs):
+    def execute(cls, judge, questions, objective, self_check, second_judge=None, **inputs):
         inputs = SimpleNamespace(**{**LEFT_OUT, **inputs})
         goal = Objective(questions, objective, inputs.target)
-        judge.judge.check(questions)
+        judges = [judge] if second_judge is None else [judge, second_judge]
+        for one in judges:
+            one.judge.check(questions)
         settings = settings_from(inputs)
         student = student_from(inputs)
         show = Progress(cls.hidden.unique_id, settings.steps)
         show.say(student.size_warning())
+        show.say(SAME_JUDGE if second_judge is judge else "")
+        second = None if second_judge is None else second_judge.judge
 
         def teach() -> Run:
             if self_check:
                 check_gradients(student)
-            return train(student, judge.judge, goal, settings, show)
+            return train(student, judge.judge, goal, settings, show, second)
 
-        run = student.run(teach, beside=[judge.patcher])
+        run = student.run(teach, beside=[one.patcher for one in judges])
         show.end(run)
-        story = metadata(run, goal, settings, judge.judge.name, student)
+        story = metadata(run, goal, settings, [one.judge.name for one in judges], student)
         lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
-        return io.NodeOutput(lora, history, before, after, ui=pairs)
+        return io.NodeOutput(lora, history, before, after, Report(run, story), ui=pairs)
 
 
 def settings_from(inputs: SimpleNamespace) -> Settings:
@@ -155,8 +161,8 @@ class Progress:
         server, scores = PromptServer.instance, run.scores[-1]
         event = {"node": self.node_id, "step": step, "steps": self.steps, "loss": run.loss[-1], "scores": scores}
         server.send_sync("dual_process.progress", event, server.client_id)
-        answers = ", ".join(f"{score:.0%}" for score in scores)
-        server.send_progress_text(f"step {step}/{self.steps}: wanted answer {answers}", self.node_id)
+        second = f"; second judge {percent(run.checks[-1].second)}" if run.checks[-1].second else ""
+        server.send_progress_text(f"step {step}/{self.steps}: wanted answer {percent(scores)}{second}", self.node_id)
 
     def say(self, text: str) -> None:
         """Show a line on the node until the next one, and log it."""
@@ -169,8 +175,15 @@ class Progress:
         skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
         drift = warning(run.checks[-1].changes, NOTICEABLE) if len(run.checks) > 1 else ""
         changed = f". Pictures got {drift}" if drift else ""
-        text = f"{len(run.loss)} steps{skipped}: {run.stopped}{changed}"
+        first, last = run.checks[0].second, run.checks[-1].second
+        second = f". Second judge: {percent(first)} before, {percent(last)} after" if last else ""
+        text = f"{len(run.loss)} steps{skipped}: {run.stopped}{second}{changed}"
         PromptServer.instance.send_progress_text(text, self.node_id)
+
+
+def percent(scores: list[float]) -> str:
+    """The scores [Q] of all questions, for people."""
+    return ", ".join(f"{score:.0%}" for score in scores)
 
 
 def contact_sheet(images: Tensor, most: int = 4) -> Image.Image:

@@ -198,4 +198,11 @@ def _further() -> list[io.Input]:
             tooltip="How much pictures are cropped and changed in contrast and brightness before the judge sees them "
             "(1: up to 10 % and 20 %). Helps against a judge that is fooled; blurs what depends on exact places.",
         ),
+        JudgeType.Input(
+            "second_judge",
+            optional=True,
+            tooltip="Never trained against, only asked about pictures of seeds not trained on. Of these looks, "
+            "the LoRA that this judge likes best is kept, and training ends when both judges say stop_at. Connect "
+            "another model than judge.",
+        ),
     ]

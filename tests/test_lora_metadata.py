@@ -37,7 +37,7 @@ def read_back(lab, name: str, folder: Path) -> tuple[dict[str, str], object]:
     settings = Settings(steps=2, check_every=0, check_seeds=1, seed=11, learning_rate=3e-4)
     run = student.run(lambda: train(student, judge.judge, goal, settings, lambda *_: None), [judge.patcher])
     path = new_lora_path(folder, "lines/thick")
-    save_lora(TrainedLoRA(student.lora.export(), metadata(run, goal, settings, judge.judge.name, student)), path)
+    save_lora(TrainedLoRA(student.lora.export(), metadata(run, goal, settings, [judge.judge.name], student)), path)
     with safe_open(path, "pt") as file:
         return file.metadata(), run
 
@@ -68,6 +68,8 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
     assert story["questions"][1] == asked
     assert (story["prompts"], story["steps_done"], story["alpha"]) == (3, 2, 8.0)
     assert (story["judge"], story["model"]) == ("tiny random judge", "SDXL")
+    assert story["second_judge"] is None and story["second_judge_scores_after"] == []
+    assert set(story["made_with"]) == {"ComfyUI", "torch", "transformers"}
     assert story["settings"]["learning_rate"] == 3e-4
     assert (story["stopped"], story["steps_skipped"]) == ("all steps done", 0)
     assert story["held_out_scores_before"] == run.checks[0].scores

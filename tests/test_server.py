@@ -19,6 +19,8 @@ NODE_IDS = {
     "DualProcessTrainer",
     "DualProcessApplyLoRA",
     "DualProcessSaveLoRA",
+    "DualProcessReport",
+    "DualProcessStrengthSheet",
     "DualProcessTinyTextEncoder",
     "DualProcessAskJudge",
     "DualProcessJudgeScore",

@@ -48,7 +48,7 @@ class Settings:
         clip: gradient norm at most.
         check_every: steps between looks at the held-out seeds; 0 never looks.
         held: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
-            ``check_every`` is not 0.
+            ``check_every`` is not 0. With a second judge, both must reach it.
         check_seeds: number of held-out seeds.
         learn_at: one of ``LEARN_AT``: the sampler's steps k that are learned from, see ``starts``. ``any step`` is the
             paper's choice.
@@ -84,12 +84,14 @@ class Check:
     """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
 
     ``changes``: what became of the pictures of the run's first check, see ``guards.changes``.
+    ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
     """
 
     step: int
     scores: list[float]
     pictures: Tensor
     changes: dict[str, float] = field(default_factory=dict)
+    second: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -109,12 +111,18 @@ class Run:
     stopped: str = "all steps done"
 
 
-def train(student, judge, objective: Objective, settings: Settings, on_step: Callable[[Run, Tensor], None]) -> Run:
+def train(
+    student, judge, objective: Objective, settings: Settings, on_step: Callable[[Run, Tensor], None], second=None
+) -> Run:
     """Teach ``student`` (already running, see ``ComfyStudent.run``) what ``objective`` asks ``judge``.
+
+    A ``second`` judge is never trained against: what fools the first need not fool it. It therefore chooses the best
+    check by its own standing alone, while training goes on until both judges hold.
 
     Args:
         on_step: called after every step that is taken with the run so far and the step's pictures [B, 3, H, W],
             unclamped.
+        second: a judge that scores the held-out pictures too, or None.
     Returns:
         The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0).
     Raises:
@@ -124,15 +132,16 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
     parameters = list(student.lora.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     rng = torch.Generator().manual_seed(settings.seed)
-    run.checks.append(check(student, judge, objective, settings, step=0))
+    run.checks.append(check(student, judge, second, objective, settings, step=0))
     average = Average(parameters, settings.average)
     objective = objective.start_from(run.checks[0].scores)
+    chooser = objective.start_from(run.checks[0].second or run.checks[0].scores)
 
     def standing(check: Check) -> float:
-        return objective.standing(check.scores)
+        return chooser.standing(check.second or check.scores)
 
     def holds(check: Check) -> bool:
-        return settings.check_every > 0 and standing(check) >= settings.held
+        return settings.check_every > 0 and min(objective.standing(check.scores), standing(check)) >= settings.held
 
     best, kept = run.checks[0], student.lora.snapshot()
     if holds(best):
@@ -160,7 +169,7 @@ def train(student, judge, objective: Objective, settings: Settings, on_step: Cal
         optimizer.zero_grad()
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             with average.applied():
-                run.checks.append(check(student, judge, objective, settings, step, run.checks[0].pictures))
+                run.checks.append(check(student, judge, second, objective, settings, step, run.checks[0].pictures))
                 drift = warning(run.checks[-1].changes, settings.drift_limit or math.inf)
                 if drift and settings.check_every:
                     run.stopped = f"at step {step}, because pictures got {drift}"
@@ -258,8 +267,10 @@ def untaught(student, noise: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def check(student, judge, objective: Objective, settings: Settings, step: int, first: Tensor | None = None) -> Check:
-    """Draw the held-out seeds to the end, ask the judge about them and compare them with the run's ``first``."""
+def check(
+    student, judge, second, objective: Objective, settings: Settings, step: int, first: Tensor | None = None
+) -> Check:
+    """Draw the held-out seeds to the end, ask the judges about them and compare them with the run's ``first``."""
 
     def draw() -> Tensor:
         return torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
@@ -267,6 +278,9 @@ def check(student, judge, objective: Objective, settings: Settings, step: int, f
     pictures = draw()
     with student.lora.disabled():
         before = draw() if objective.compares else None
-    _, scores = objective(judge, pictures, before)
-    pictures = pictures.cpu()
-    return Check(step, scores.mean(dim=0).tolist(), pictures, {} if first is None else changes(first, pictures))
+
+    def scores(judge) -> list[float]:
+        return objective(judge, pictures, before)[1].mean(dim=0).tolist()
+
+    changed = {} if first is None else changes(first, pictures.cpu())
+    return Check(step, scores(judge), pictures.cpu(), changed, [] if second is None else scores(second))

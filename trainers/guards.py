@@ -11,6 +11,7 @@ _SIDE = 64  # pictures are compared with one another at this size
 # Changes of these measures are shares of what they were, or of the number here if that is more: grey pictures that get
 # a little less grey have not lost their colours.
 RELATIVE = {"luminance": 0.05, "saturation": 0.05, "edge_density": 0.005, "colour_entropy": 2.0, "diversity": 0.02}
+NOTICEABLE = 0.15  # changes from here on are put into words for people
 WORDS = {
     "luminance": ("darker", "brighter"),
     "saturation": ("greyer", "more colourful"),
@@ -64,12 +65,15 @@ def changes(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def warning(found: dict[str, float], limit: float) -> str:
-    """What left its range of ± ``limit``, in words such as "60 % darker, 52 % more alike"; empty when all is well.
+    """What left its range of ± ``limit``, in words such as "60 % darker, 52 % more alike"; empty when all is well."""
+    return ", ".join(faults(found, limit).values())
+
+
+def faults(found: dict[str, float], limit: float) -> dict[str, str]:
+    """The measures that left their range of ± ``limit``, each with its words.
 
     More different pictures are no fault, and neither are fewer burnt ones.
     """
     fine = {name: max(found[name], 0) if name == "clipped" else found[name] for name in WORDS}
     fine["diversity"] = min(fine["diversity"], 0)
-    return ", ".join(
-        f"{abs(change):.0%} {WORDS[name][change > 0]}" for name, change in fine.items() if abs(change) > limit
-    )
+    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in fine.items() if abs(x) > limit}

@@ -21,6 +21,18 @@ class TrainedLoRA(dict[str, Tensor]):
         self.diffusers_names = diffusers_names or {}
 
 
+def file_start(root: Path, prefix: str) -> Path:
+    """``<root>/<prefix>``: the folder and the beginning of the name of files to come.
+
+    Raises:
+        ValueError: ``prefix`` is empty or leads out of ``root``.
+    """
+    start = (root / prefix).resolve()
+    if root.resolve() not in start.parents:
+        raise ValueError(f"'{prefix}' is no file name inside {root}. Use something like 'dual_process/horizon'.")
+    return start
+
+
 def new_lora_path(root: Path, prefix: str) -> Path:
     """The first free ``<root>/<prefix>_00001.safetensors``.
 
@@ -29,9 +41,7 @@ def new_lora_path(root: Path, prefix: str) -> Path:
     Raises:
         ValueError: ``prefix`` is empty or leads out of ``root``.
     """
-    start = (root / prefix).resolve()
-    if root.resolve() not in start.parents:
-        raise ValueError(f"'{prefix}' is no file name inside {root}. Use something like 'dual_process/horizon'.")
+    start = file_start(root, prefix)
     pattern = re.compile(re.escape(start.name) + r"_(\d+)\.safetensors")
     taken = [int(m[1]) for f in start.parent.glob("*.safetensors") if (m := pattern.fullmatch(f.name))]
     return start.with_name(f"{start.name}_{max(taken, default=0) + 1:05}.safetensors")

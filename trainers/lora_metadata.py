@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
+from importlib.metadata import version
+
+import comfyui_version
+import torch
 
 from ..vlm.question import Question
 from .dual_process import Run, Settings
@@ -26,14 +30,14 @@ BASES = {
 }
 
 
-def metadata(run: Run, objective: Objective, settings: Settings, judge: str, student) -> dict[str, str]:
+def metadata(run: Run, objective: Objective, settings: Settings, judges: list[str], student) -> dict[str, str]:
     """The header of a trained LoRA's file: ``modelspec.*``, kohya's ``ss_*``, and the story as ``dual_process``.
 
     ``save_lora`` adds the file's own name to it.
 
     Args:
         run: of a student that drew at least one check.
-        judge: its name.
+        judges: their names: the one that was trained against, and the second one, if there was one.
         student: the ``ComfyStudent`` that was trained.
     """
     adapter = student.lora.adapters[0]
@@ -68,19 +72,25 @@ def metadata(run: Run, objective: Objective, settings: Settings, judge: str, stu
         "ss_resolution": f"({width}, {height})",
         "ss_training_finished_at": str(time.time()),
         "ss_training_comment": title,
-        "dual_process": json.dumps(_story(run, objective, settings, judge, student, adapter.scale * rank)),
+        "dual_process": json.dumps(_story(run, objective, settings, judges, student, adapter.scale * rank)),
     }
 
 
-def _story(run: Run, objective: Objective, settings: Settings, judge: str, student, alpha: float) -> dict:
+def _story(run: Run, objective: Objective, settings: Settings, judges: list[str], student, alpha: float) -> dict:
     """Everything that is known about how the LoRA came to be. Prompts reach ComfyUI's trainer nodes already encoded, so
     only their number is known."""
     return {
         "version": VERSION,
+        "made_with": {
+            "ComfyUI": comfyui_version.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
         "questions": [_asked(question) for question in objective.questions],
         "objective": objective.kind,
         "target": objective.target,
-        "judge": judge,
+        "judge": judges[0],
+        "second_judge": judges[1] if len(judges) > 1 else None,
         "model": type(student.model.model.model_config).__name__,
         "prompts": student.prompts,
         "sampler_steps": student.steps,
@@ -94,6 +104,8 @@ def _story(run: Run, objective: Objective, settings: Settings, judge: str, stude
         "stopped": run.stopped,
         "held_out_scores_before": run.checks[0].scores,
         "held_out_scores_after": run.checks[-1].scores,
+        "second_judge_scores_before": run.checks[0].second,
+        "second_judge_scores_after": run.checks[-1].second,
         "held_out_pictures_changed": run.checks[-1].changes,
     }
 

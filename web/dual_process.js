@@ -3,7 +3,13 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const TRAINER = "DualProcessTrainer";
-const WITH_TEXT = ["DualProcessAskJudge", "DualProcessJudgeScore", "DualProcessSeenByJudge", "DualProcessSaveLoRA"];
+const WITH_TEXT = [
+  "DualProcessAskJudge",
+  "DualProcessJudgeScore",
+  "DualProcessSeenByJudge",
+  "DualProcessSaveLoRA",
+  "DualProcessReport",
+];
 const COLOURS = ["#7bd88f", "#5ad4e6", "#fce566", "#fc618d", "#948ae3", "#fd9353"];
 const CURVE_HEIGHT = 120;
 const SMOOTHED_STEPS = 8; // a step sees only a few pictures, its own score jumps

@@ -1,0 +1,57 @@
+"""A training run, told."""
+
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..trainers.lora_file import file_start
+from ..trainers.report import page, sheet
+from .types import CATEGORY, ReportType
+
+
+class RunReport(io.ComfyNode):
+    """The trainer's report -> an HTML page and a PNG in ComfyUI's output folder."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DualProcessReport",
+            display_name="Run Report",
+            category=CATEGORY,
+            description="Writes what happened in a training run as one HTML page and one PNG: pictures before and "
+            "after, curves, what else changed, questions, settings.",
+            is_output_node=True,
+            inputs=[
+                ReportType.Input("report", tooltip="From the trainer."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="dual_process/report",
+                    tooltip="Folder and beginning of the name inside ComfyUI's output folder; a number is added.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the HTML page lies; open it in a browser.")],
+        )
+
+    @classmethod
+    def execute(cls, report, filename_prefix):
+        output = Path(folder_paths.get_output_directory())
+        file_start(output, filename_prefix)
+        picture = torch.from_numpy(np.array(sheet(report)))[None].float() / 255
+        shown = ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix, cls).as_dict()
+        (saved,) = shown["images"]
+        path = (output / saved["subfolder"] / saved["filename"]).with_suffix(".html")
+        path.write_text(page(report), encoding="utf-8")
+        return io.NodeOutput(str(path), ui={**shown, "text": (f"Saved as {path}",)})
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Before anything runs, and so before the training; another node's prefix is None here and checked later."""
+        if filename_prefix is not None:
+            try:
+                file_start(Path(folder_paths.get_output_directory()), filename_prefix)
+            except ValueError as error:
+                return str(error)
+        return True

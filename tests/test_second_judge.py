@@ -1,0 +1,144 @@
+"""A second judge: asked at every look, never trained against, and the one that chooses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from dual_process.tests.test_loop import BrightnessJudge, GreyStudent
+from dual_process.trainers.dual_process import Settings, train
+from dual_process.trainers.objective import Objective
+from dual_process.vlm.question import Question
+
+
+class ModestJudge(BrightnessJudge):
+    """Finds only brightness near 0.45 bright: it likes what the first judge does at first, and not what follows.
+    Refuses to be differentiated through."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def log_likelihood(self, images, questions, before=None):
+        assert not images.requires_grad and not torch.is_grad_enabled()
+        self.asked += 1
+        return super().log_likelihood(1 - 3 * (images.mean(dim=(1, 2, 3), keepdim=True) - 0.45).abs(), questions)
+
+
+def teach(second, questions=(Question("Is it bright?"),), **settings):
+    student = GreyStudent()
+    defaults = {"steps": 40, "learning_rate": 0.01, "check_every": 2, "judge_noise": 0.0, "average": 0.0, "anchor": 0.0}
+    settings = Settings(**{**defaults, "drift_limit": 0.0, "held": 0.9, **settings})
+    run = train(student, BrightnessJudge(), Objective(list(questions)), settings, lambda *_: None, second)
+    return student, run
+
+
+def test_it_chooses_the_lora_that_is_kept():
+    """The first judge wants it ever brighter; the second one is content on the way and not at the end."""
+    alone, run = teach(None, held=1.1)
+    assert run.checks[-1].step == 40 and run.checks[-1].second == []
+    student, run = teach(ModestJudge(), held=1.1)
+    kept = run.checks[-1]
+    assert 0 < kept.step < 40 and kept.second[0] == max(check.second[0] for check in run.checks)
+    assert student.lora.shift.item() == pytest.approx(0.15, abs=0.02) and alone.lora.shift > 0.3
+    assert torch.equal(student.draw(2**31), kept.pictures[:2])
+
+
+def test_it_changes_nothing_of_what_is_learned():
+    second = ModestJudge()
+    with_one, without = teach(second, held=1.1)[1], teach(None, held=1.1)[1]
+    assert with_one.loss == without.loss and with_one.scores == without.scores
+    assert second.asked == len({check.step for check in with_one.checks}) == 21
+
+
+class Shifted(BrightnessJudge):
+    """Finds pictures brighter than they are by ``shift``."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def log_likelihood(self, images, questions, before=None):
+        return super().log_likelihood(images + self.shift, questions)
+
+
+def test_training_ends_when_both_hold():
+    _, alone = teach(None, steps=200)
+    _, both = teach(Shifted(-0.1), steps=200)
+    assert both.stopped == f"held at step {len(both.loss)}" and len(both.loss) > len(alone.loss)
+    assert all(check.second[0] >= 0.9 < check.scores[0] for check in both.checks[-3:])
+    assert min(check.second[0] for check in both.checks) < 0.5
+    dark = [Question("Is it bright?", "No")]
+    assert teach(None, dark, held=0.7)[1].loss == [], "held before the first step"
+    assert len(teach(Shifted(0.3), dark, held=0.7)[1].loss) > 0
+
+
+@pytest.fixture
+def lab(comfy):
+    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
+    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
+
+    from dual_process.tests import architectures
+
+    with torch.inference_mode():
+        yield architectures
+
+
+@pytest.fixture
+def trained(lab, monkeypatch):
+    """Runs the trainer's node with a tiny SD3 for two steps; returns its output and the lines it showed."""
+    from types import SimpleNamespace
+
+    from dual_process.nodes import trainer
+
+    shown = []
+    server = SimpleNamespace(
+        client_id=None, send_sync=lambda *_: None, send_progress_text=lambda text, node: shown.append(text)
+    )
+    monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
+    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": {"unique_id": "7"}})
+    drawn = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
+    taught = {"steps": 2, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
+    rest = {"judge_noise": 0.1, "check_every": 1, "stop_at": 1.0, "checkpointing": False, "learn_at": "any step"}
+    last = {"accumulate": 1, "targets": "", "self_check": False, "continue_from": trainer.NEW_LORA}
+
+    def run(**judges):
+        parts = {"model": lab.build_model("SD3"), "vae": lab.build_vae("SD3"), "latent": lab.build_latent("SD3")}
+        parts |= {"positive": lab.build_conditioning("SD3"), "questions": [Question("Is the line <b>thick</b>?")]}
+        return clone.EXECUTE_NORMALIZED(**parts, **drawn, **taught, **rest, **last, **judges), shown
+
+    return run
+
+
+def test_the_node_loads_it_through_comfyui_says_it_and_writes_it_down(lab, trained):
+    import json
+
+    import comfy.model_management as mm
+
+    mm.unload_all_models()
+    first, second = lab.build_judge(), lab.build_judge()
+    second.judge.name = "another judge"
+    output, shown = trained(judge=first, second_judge=second)
+    assert {first.patcher, second.patcher} <= {loaded.model for loaded in mm.current_loaded_models}
+    story = json.loads(output.result[0].metadata["dual_process"])
+    assert (story["judge"], story["second_judge"]) == ("tiny random judge", "another judge")
+    assert story["second_judge_scores_before"] == story["held_out_scores_before"], "the two have the same weights"
+    assert len(story["second_judge_scores_after"]) == 1
+    assert "second judge" in shown[0] and "Second judge: " in shown[-1]
+
+
+def test_the_same_judge_twice_is_allowed_and_said(lab, trained, caplog):
+    judge = lab.build_judge()
+    with caplog.at_level(logging.WARNING):
+        _, shown = trained(judge=judge, second_judge=judge)
+        assert "cannot disagree with itself" in caplog.text and "cannot disagree" in "".join(shown)
+        caplog.clear()
+        trained(judge=judge)
+        assert "disagree" not in caplog.text
+
+
+def test_questions_are_checked_against_it_before_anything_is_drawn(lab, trained):
+    second = lab.build_judge()
+    second.judge.check = lambda questions: (_ for _ in ()).throw(ValueError("The second judge takes one picture."))
+    with pytest.raises(ValueError, match="second judge takes one"):
+        trained(judge=lab.build_judge(), second_judge=second)

@@ -1,0 +1,36 @@
+"""Pictures side by side, under words."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 8  # px between pictures
+PAPER, INK = "white", "black"
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own, which has Latin letters only; ``size`` in px."""
+    return ImageFont.load_default(size)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in 0..1 (values outside are clipped)."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).byte().movedim(0, -1).cpu().numpy())
+
+
+def grid(rows: list[list[Image.Image]], headings: list[str]) -> Image.Image:
+    """Rows of pictures of one size, each column under its heading."""
+    width, height = rows[0][0].size
+    letters = font(max(12, min(width // 12, 48)))
+    top = int(letters.size * 1.5) + GAP
+    columns = len(headings)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), top + len(rows) * (height + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        x = GAP + column * (width + GAP)
+        draw.text((x + width / 2, top / 2), heading, fill=INK, font=letters, anchor="mm")
+        for row, pictures in enumerate(rows):
+            if column < len(pictures):
+                sheet.paste(pictures[column], (x, top + row * (height + GAP)))
+    return sheet
