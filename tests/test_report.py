@@ -129,7 +129,8 @@ def test_the_node_writes_page_and_sheet_side_by_side_and_never_over_others(told)
     from dual_process.trainers.report import page, sheet
 
     _, report = told()
-    hidden = {"hidden_inputs": {io.Hidden.prompt: {"1": {}}, io.Hidden.extra_pnginfo: {"workflow": {"nodes": []}}}}
+    hidden = {io.Hidden.prompt: {"1": {}}, io.Hidden.extra_pnginfo: {"workflow": {"nodes": []}}}
+    hidden["hidden_inputs"] = dict(hidden)  # newer ComfyUIs look there
     outputs = [RunReport.PREPARE_CLASS_CLONE(hidden).EXECUTE_NORMALIZED(report, "sub/tale") for _ in range(2)]
     paths = [Path(output.result[0]) for output in outputs]
     assert [path.name for path in paths] == ["tale_00001_.html", "tale_00002_.html"]
