@@ -120,7 +120,7 @@ class Sheet:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [90, 120]}},
+            "extra": {"ds": {"scale": 0.7, "offset": [90, 150]}},
             "version": 0.4,
         }
 
