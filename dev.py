@@ -214,6 +214,8 @@ def command_line(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
         return ["-m", "dual_process.demo", *rest]
     if arguments.command == "models":
         return ["-m", "dual_process.tiny.build", *rest]
+    if arguments.command in ("templates", "screenshot"):
+        return ["-m", f"dual_process.demo.{arguments.command}", *rest]
     if arguments.command == "test":
         return ["-m", "pytest", *(rest or ["-q"])]
     script = f"matrix_{arguments.name}" if arguments.command == "matrix" else arguments.name
@@ -228,6 +230,8 @@ def main() -> int:
         "demo": "teach the bundled tiny model one property and show pictures before and after",
         "test": "run the tests; further arguments go to pytest",
         "models": "train the bundled tiny models again",
+        "templates": "write the example workflows again",
+        "screenshot": "run the first template in a browser and take the README's picture of it",
         "matrix": "what works with which model family: judges or students",
         "bench": "run one benchmark by name",
     }

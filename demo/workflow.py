@@ -13,6 +13,11 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOT_RUN = {"Note", "MarkdownNote"}
 
 
+def template_names() -> list[str]:
+    """Names of all workflows of `example_workflows/`."""
+    return sorted(path.stem for path in (Path(PACK) / "example_workflows").glob("*.json"))
+
+
 def template(name: str) -> dict[str, Any]:
     """A workflow of `example_workflows/` in the front end's form."""
     return json.loads((Path(PACK) / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))

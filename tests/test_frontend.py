@@ -1,4 +1,4 @@
-"""The template in ComfyUI's own front end, in a real browser."""
+"""The templates in ComfyUI's own front end, in a real browser."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from dual_process.demo.client import ComfyClient
 from dual_process.demo.frontend import FrontEnd, find_browser
-from dual_process.demo.workflow import to_api
+from dual_process.demo.workflow import template, template_names, to_api
 
 pytestmark = pytest.mark.skipif(not find_browser(), reason="needs Chromium and its chromedriver on the PATH")
 
@@ -32,3 +32,23 @@ def test_template_opens_and_runs(server, tmp_path):
     assert len(shown) >= 3, "before, after and the trainer's pairs"
     for picture in shown:
         assert Image.open(io.BytesIO(client.picture(picture))).width >= 64
+
+
+def test_every_template_opens_as_it_was_written(server):
+    client = ComfyClient(server.url)
+    client.post("/settings", {"Comfy.TutorialCompleted": True})
+    object_info = client.get_json("/object_info")
+    with FrontEnd(server.url) as page:
+        for name in template_names():
+            saved = template(name)
+            page.script("await app.loadGraphData(args[0], true, true, null, {showMissingModelsDialog: false});", saved)
+            assert page.missing_nodes() == [], name
+            sent = page.script("return (await app.graphToPrompt()).output;")
+            for node in sent.values():
+                node.pop("_meta")
+            assert sent == to_api(saved, object_info), name
+            shown = {node["id"]: node["size"] for node in page.saved()["nodes"]}
+            for node in saved["nodes"]:
+                assert shown[node["id"]] == pytest.approx(node["size"], abs=1), f"{name}: {node['type']} has no room"
+        errors = [line for line in page.errors() if "dual_process" in line]
+    assert errors == []

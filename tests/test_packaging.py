@@ -4,9 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
 
 
 def test_requirements_and_pyproject_ask_for_the_same():
@@ -22,10 +26,58 @@ def test_importing_the_package_needs_neither_comfyui_nor_anything_heavy():
     assert result.returncode == 0, f"imported by the package: {result.stderr}"
 
 
-def test_every_template_has_a_thumbnail():
-    templates = list((ROOT / "example_workflows").glob("*.json"))
-    assert templates
-    assert [path.name for path in templates if not path.with_suffix(".jpg").is_file()] == []
+def test_every_template_has_a_thumbnail_and_every_thumbnail_a_template():
+    assert TEMPLATES
+    thumbnails = sorted((ROOT / "example_workflows").glob("*.jpg"))
+    assert [path.with_suffix(".jpg") for path in TEMPLATES] == thumbnails
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_links_lead_from_an_output_to_an_input(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"]) and max(nodes) == workflow["last_node_id"]
+    links = {link[0]: link for link in workflow["links"]}
+    assert len(links) == len(workflow["links"]) and max(links) == workflow["last_link_id"]
+    for number, source, source_slot, target, target_slot, kind in workflow["links"]:
+        output, entry = nodes[source]["outputs"][source_slot], nodes[target]["inputs"][target_slot]
+        assert number in output["links"] and number == entry["link"]
+        assert kind == output["type"] == entry["type"]
+    used = [number for node in workflow["nodes"] for entry in node["outputs"] for number in entry["links"] or []]
+    used += [entry["link"] for node in workflow["nodes"] for entry in node["inputs"] if entry["link"] is not None]
+    assert sorted(used) == sorted([*links, *links])
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_nodes_lie_apart_and_in_a_group(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    boxes = {node["id"]: box(node["pos"][0], node["pos"][1] - 30, *node["size"]) for node in workflow["nodes"]}
+    for (a, one), (b, other) in combinations(boxes.items(), 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] + 30 <= other[1] or other[3] + 30 <= one[1]
+        assert apart, f"nodes {a} and {b} overlap"
+    groups = [box(*group["bounding"]) for group in workflow["groups"]]
+    for number, (left, top, right, bottom) in boxes.items():
+        inside = [g for g in groups if g[0] <= left and g[1] + 30 <= top and right <= g[2] and bottom + 30 <= g[3]]
+        assert len(inside) == 1, f"node {number}"
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_say_where_their_models_come_from(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] != "CheckpointLoaderSimple" or node["widgets_values"] == ["dual_process_tiny.safetensors"]:
+            continue
+        (model,) = node["properties"]["models"]
+        assert [model["name"]] == node["widgets_values"] and model["directory"] == "checkpoints"
+        assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" + model["name"])
+        (note,) = [other["widgets_values"][0] for other in workflow["nodes"] if other["type"] == "MarkdownNote"]
+        (judge,) = [o["widgets_values"][0] for o in workflow["nodes"] if o["type"] == "DualProcessJudgeLoader"]
+        assert f"--local-dir models/VLM/{judge}\n" in note and "**Not measured:**" in note
+
+
+def box(left, top, width, height):
+    """Left, top, right and bottom."""
+    return left, top, left + width, top + height
 
 
 def test_no_pickle_among_the_bundled_files():

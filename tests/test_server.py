@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dual_process.demo.client import PromptFailed, PromptInterrupted, PromptRejected
-from dual_process.demo.workflow import nodes_of, template, to_api
+from dual_process.demo.templates import templates
+from dual_process.demo.workflow import nodes_of, template, template_names, to_api, widget_names
 
 NODE_IDS = {
     "DualProcessJudgeLoader",
@@ -83,6 +84,31 @@ def pixels(client, outputs, graph):
     return [Image.open(io.BytesIO(client.picture(one))).convert("RGB").tobytes() for one in shown]
 
 
+def with_tiny_loaders(graph):
+    """A template's graph with the bundled models instead of its own."""
+    graph["tiny"] = {"class_type": "DualProcessTinyTextEncoder", "inputs": {}}
+    for node in graph.values():
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node["inputs"]["ckpt_name"] = "dual_process_tiny.safetensors"
+        elif node["class_type"] == "DualProcessJudgeLoader":
+            node["inputs"]["judge"] = "tiny judge (bundled)"
+        elif node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["clip"] = ["tiny", 0]
+    return graph
+
+
+def smallest(graph):
+    """A template's graph with one step of training, one of sampling and two small pictures."""
+    for node in graph.values():
+        if node["class_type"] == "DualProcessTrainer":
+            node["inputs"] |= {"steps": 1, "sampler_steps": 1, "check_every": 0, "self_check": False}
+        elif node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 1
+        elif node["class_type"].startswith("Empty"):
+            node["inputs"] |= {"width": 64, "height": 64, "batch_size": 2}
+    return graph
+
+
 def test_all_nodes_are_there_and_explain_themselves(object_info):
     ours = {name: info for name, info in object_info.items() if name.startswith("DualProcess")}
     assert set(ours) - {"DualProcessJudgeFromClip"} == NODE_IDS  # that one depends on ComfyUI's core
@@ -114,12 +140,29 @@ def test_every_node_has_a_help_page_that_explains_every_input_and_output(client,
         assert sorted(columns["output"]) == sorted(object_info[name]["output_name"]), name
 
 
-def test_template_is_listed_with_its_thumbnail(client):
-    names = client.get_json("/workflow_templates")["dual_process"]
-    assert "Teach the horizon" in names
-    for name in names:
+def test_templates_are_listed_with_their_thumbnails(client):
+    assert sorted(client.get_json("/workflow_templates")["dual_process"]) == template_names()
+    for name in template_names():
         picture = client.get("/api/workflow_templates/dual_process/" + urllib.parse.quote(f"{name}.jpg"))
         assert Image.open(io.BytesIO(picture)).format == "JPEG"
+
+
+def test_templates_are_what_dev_py_templates_writes(object_info):
+    written = dict(templates(object_info))
+    assert sorted(written) == template_names()
+    for name, content in written.items():
+        assert content == template(name), name
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_template_runs_with_the_tiny_models_and_one_step(client, object_info, name):
+    saved = template(name)
+    for node in saved["nodes"]:
+        if node["type"] in object_info:
+            assert len(node["widgets_values"]) == len(widget_names(object_info[node["type"]])), node["type"]
+    graph = smallest(with_tiny_loaders(to_api(saved, object_info)))
+    outputs = client.run(graph)
+    assert all(outputs[node_id]["images"] for node_id in nodes_of(graph, "PreviewImage"))
 
 
 def test_template_in_api_form_is_what_the_front_end_sends(object_info):

@@ -1,0 +1,230 @@
+"""What the templates teach, and with which models: the tables that templates.py lays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..tiny.questions import KEEP_QUESTION, QUESTIONS, SUFFIX
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which models a template loads, and the settings that belong to them."""
+
+    label: str  # in the template's name
+    checkpoint: str
+    judge: str
+    size: int
+    batch: int
+    latent: str = "EmptySD3LatentImage"
+    checkpoint_from: str = ""  # repository on the Hugging Face Hub; empty: bundled
+    judge_from: str = ""
+    training: dict[str, Any] = field(default_factory=dict)  # what the trainer has other than its defaults
+    enlarge: int = 1  # times, to look at
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a template teaches, or picks out of a batch."""
+
+    name: str
+    file: str  # of the LoRA
+    about: str
+    prompt: str
+    keep: str
+    questions: tuple[tuple[str, str], ...] = ()  # text and wanted answer
+    guide: str = ""  # node type; its wording is the question then
+    guide_values: dict[str, Any] = field(default_factory=dict)
+    try_this: str = ""
+    holds: dict[str, str] = field(default_factory=dict)  # what tiny.oracles has to find: property -> answer
+
+
+TINY = Models(
+    "",
+    "dual_process_tiny.safetensors",
+    "tiny judge (bundled)",
+    64,
+    16,
+    enlarge=4,
+    training={"steps": 190, "learning_rate": 0.001, "rank": 8, "check_every": 10},
+)
+FLUX = Models(
+    "FLUX schnell, Qwen2.5-VL",
+    "flux1-schnell-fp8.safetensors",
+    "Qwen2.5-VL-3B-Instruct",
+    512,
+    1,
+    checkpoint_from="Comfy-Org/flux1-schnell",
+    judge_from="Qwen/Qwen2.5-VL-3B-Instruct",
+)
+TURBO = Models(
+    "SDXL-Turbo, SmolVLM",
+    "sd_xl_turbo_1.0_fp16.safetensors",
+    "SmolVLM-Instruct",
+    512,
+    1,
+    "EmptyLatentImage",
+    checkpoint_from="stabilityai/sdxl-turbo",
+    judge_from="HuggingFaceTB/SmolVLM-Instruct",
+)
+
+TINY_PROMPT = "a landscape with two balls"
+OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
+TINY_LESSONS = [
+    Lesson(
+        "Teach the horizon",
+        "horizon",
+        "The horizon moves into the upper half of the picture.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        ((QUESTIONS["horizon"][0], "Yes"),),
+        try_this=OTHER_WAY,
+        holds={"horizon": "Yes"},
+    ),
+    Lesson(
+        "Teach a palette",
+        "palette",
+        "The colours of the picture become warm.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        ((QUESTIONS["palette"][0], "Yes"),),
+        try_this=OTHER_WAY,
+        holds={"palette": "Yes"},
+    ),
+    Lesson(
+        "Teach line weight",
+        "line_weight",
+        "The lines of the picture become thick.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        ((QUESTIONS["line"][0], "Yes"),),
+        try_this=OTHER_WAY,
+        holds={"line": "Yes"},
+    ),
+    Lesson(
+        "Teach depth",
+        "depth",
+        "The white ball comes in front of the green one.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        ((QUESTIONS["depth"][0], "Yes"),),
+        try_this=OTHER_WAY,
+        holds={"depth": "Yes"},
+    ),
+    Lesson(
+        "Teach a composition",
+        "composition",
+        "Two things at once: a low horizon (the answer *No* to a question) and the white ball in front of the green "
+        "one (the answer *Yes* to another). The trainer shows a curve for each question.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        ((QUESTIONS["horizon"][0], "No"), (QUESTIONS["depth"][0], "Yes")),
+        holds={"horizon": "No", "depth": "Yes"},
+        try_this="Swap the two answers, or chain a third question in.",
+    ),
+]
+TINY_BEST = Lesson(
+    "Best of N with the judge",
+    "",
+    "Of 16 pictures, those with a high horizon and the white ball in front come first.",
+    TINY_PROMPT,
+    KEEP_QUESTION,
+    ((QUESTIONS["horizon"][0], "Yes"), (QUESTIONS["depth"][0], "Yes")),
+    try_this="Raise *keep* on Judge Score to pick several, or *batch_size* to choose among more.",
+)
+
+SPILLED = ("Is the water spilling out of the cup onto the table?" + SUFFIX, "Yes")
+SPILLED_PROMPT = "a photo of a cup of water that has tipped over on a wooden table"
+SPILLED_KEEP = "Is this a photo of a cup on a table?" + SUFFIX
+LESSONS = [
+    Lesson(
+        "Teach the horizon",
+        "horizon",
+        "The horizon moves to the height of the red line of Horizon Guide.",
+        "a photo of a lake in front of distant hills",
+        "Is this a photo of a lake?" + SUFFIX,
+        guide="DualProcessHorizonGuide",
+        try_this="Move the line with *height*.",
+    ),
+    Lesson(
+        "Teach a palette",
+        "palette",
+        "The picture takes on the colours of Palette Guide.",
+        "a painting of a street market",
+        "Is this a painting of a street market?" + SUFFIX,
+        guide="DualProcessPaletteGuide",
+        try_this="Type other hex codes, or connect a picture to *reference*.",
+    ),
+    Lesson(
+        "Teach line weight",
+        "line_weight",
+        "The lines become as thick as the stroke of Line Weight Guide.",
+        "a line drawing of a house with a garden",
+        "Is this a line drawing of a house?" + SUFFIX,
+        guide="DualProcessLineWeightGuide",
+        try_this="Change *pixels*.",
+    ),
+    Lesson(
+        "Teach depth",
+        "depth",
+        "What is at point B comes to the front, what is at point A goes to the back.",
+        "a photo of two wooden chairs in a garden",
+        "Is this a photo of two chairs in a garden?" + SUFFIX,
+        guide="DualProcessDepthGuide",
+        try_this="Move the points.",
+    ),
+    Lesson(
+        "Teach a composition",
+        "composition",
+        "The house moves into the area that Composition Guide outlines.",
+        "a photo of a small red house in a wide meadow",
+        "Is this a photo of a house in a meadow?" + SUFFIX,
+        guide="DualProcessCompositionGuide",
+        guide_values={"labels": "house"},
+        try_this="Paint your own area: *Load Image*, *Open in MaskEditor*, and connect its mask instead. A batch of "
+        "masks makes several areas, with one label per line.",
+    ),
+    Lesson(
+        "Teach common sense",
+        "commonsense",
+        "A cup that has tipped over spills its water.",
+        SPILLED_PROMPT,
+        SPILLED_KEEP,
+        (SPILLED,),
+        try_this="Write what your own prompt leaves out as a closed question.",
+    ),
+    Lesson(
+        "Compare before and after",
+        "warmer",
+        "The judge is shown two pictures of the same seed, the untaught model's "
+        "and the present one's, and is asked how the second differs from the first.",
+        "a photo of a beach",
+        "Is this a photo of a beach?" + SUFFIX,
+        guide="DualProcessBeforeAfterGuide",
+        try_this='Ask for another change: "Is the second picture more ... than the first? Answer with Yes or No." '
+        "The judge has to be a model that takes two pictures at once.",
+    ),
+]
+BEST = Lesson(
+    "Best of N with the judge",
+    "",
+    "Of eight pictures, those on which the water spills come first.",
+    SPILLED_PROMPT,
+    SPILLED_KEEP,
+    (SPILLED,),
+    try_this="Raise *keep* on Judge Score to pick several, or *batch_size* to choose among more.",
+)
+
+
+def lessons() -> Iterator[tuple[Lesson, Models]]:
+    """What there is a template of."""
+    yield from ((lesson, TINY) for lesson in [*TINY_LESSONS, TINY_BEST])
+    yield from ((lesson, FLUX) for lesson in LESSONS)
+    yield from ((lesson, TURBO) for lesson in (LESSONS[0], BEST))
+
+
+def file_name(lesson: Lesson, models: Models) -> str:
+    """A template's name, as users see it."""
+    return f"{lesson.name} ({models.label})" if models.label else lesson.name

@@ -1,0 +1,262 @@
+"""`python3 dev.py templates`: write the example workflows, for the bundled tiny models and for real ones.
+
+What they teach and with which models is in lessons.py. Edit, run the command, look at the result in ComfyUI and commit
+the JSON. `--pictures DIR` makes the thumbnails of the tiny versions again too, from results in a folder for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .client import ComfyClient
+from .comfyui import PACK, ComfyServer
+from .lessons import TINY_LESSONS, Lesson, Models, file_name, lessons
+from .sheet import Out, Sheet
+from .thumbnails import pairs, ranking, sketch
+
+FOLDER = PACK / "example_workflows"
+BLUE, GREEN, RED, VIOLET, ORANGE = "#3f789e", "#8A8", "#a33", "#a1309b", "#b06634"
+
+
+def templates(object_info: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of every template; `object_info` is the server's answer to /object_info."""
+    for lesson, models in lessons():
+        lay_out = pick if not lesson.file else teach
+        yield file_name(lesson, models), lay_out(Sheet(object_info), lesson, models)
+
+
+def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
+    """A template with the trainer, drawing the same seed without and with what was learned."""
+    model, vae, prompt, latent = image_model(sheet, lesson, models, models.batch, training_note(lesson, models))
+    guide, wording = guide_of(sheet, lesson, models) if lesson.guide else (None, None)
+    judge, questions = judge_and_questions(sheet, lesson, models, guide, wording)
+    sheet.group("Teach", VIOLET, 400)
+    trainer = sheet.add(
+        "DualProcessTrainer",
+        model=model,
+        vae=vae,
+        positive=prompt,
+        latent=latent,
+        judge=judge,
+        questions=questions,
+        learn_at="early steps",
+        **models.training,
+    )
+    lora = Out(trainer, 0)
+    sheet.group("Use it: the same seed before and after", ORANGE, 320)
+    sheet.add("DualProcessSaveLoRA", "Keep it", lora=lora, filename_prefix=f"dual_process/{lesson.file}")
+    shown_with(sheet, models, model, vae, prompt, latent, "Draw without it", "Before")
+    sheet.column(320)
+    taught = Out(sheet.add("DualProcessApplyLoRA", "Use what was learned", model=model, lora=lora), 0)
+    sheet.leave(44)  # as much as Save LoRA is higher
+    shown_with(sheet, models, taught, vae, prompt, latent, "Draw with it", "After, the same seed")
+    return sheet.saved()
+
+
+def pick(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
+    """A template without training: the judge sorts a batch."""
+    batch = max(models.batch, 8)
+    model, vae, prompt, latent = image_model(sheet, lesson, models, batch, picking_note(lesson, models))
+    judge, questions = judge_and_questions(sheet, lesson, models)
+    sheet.group("Draw and sort", VIOLET, 400)
+    pictures = drawn(sheet, model, vae, prompt, latent, f"Draw {batch} pictures")
+    score = sheet.add("DualProcessJudgeScore", judge=judge, images=pictures, questions=questions)
+    sheet.group("Look", ORANGE, 400)
+    sheet.add("PreviewImage", "The best", images=enlarged(sheet, models, Out(score, 0)))
+    sheet.add("PreviewImage", "All, best first", images=enlarged(sheet, models, Out(score, 1)))
+    return sheet.saved()
+
+
+def image_model(sheet: Sheet, lesson: Lesson, models: Models, batch: int, note: str) -> tuple[Out, Out, Out, Out]:
+    """The first group; gives model, VAE, prompt and latent."""
+    sheet.group("The image model", BLUE, 340)
+    loader = sheet.add(
+        "CheckpointLoaderSimple",
+        "Image model",
+        downloads_of(models),
+        ckpt_name=models.checkpoint,
+    )
+    clip = Out(loader, 1) if models.checkpoint_from else Out(sheet.add("DualProcessTinyTextEncoder"), 0)
+    prompt = sheet.add("CLIPTextEncode", "Prompt", clip=clip, text=lesson.prompt)
+    latent = sheet.add(models.latent, "Picture size", width=models.size, height=models.size, batch_size=batch)
+    sheet.note(note)
+    return Out(loader, 0), Out(loader, 2), Out(prompt, 0), Out(latent, 0)
+
+
+def guide_of(sheet: Sheet, lesson: Lesson, models: Models) -> tuple[Out, Out]:
+    """The group with the guide; gives the guide and its wording."""
+    sheet.group("The guide", RED, 340)
+    mask = {}
+    if lesson.guide == "DualProcessCompositionGuide":
+        side = models.size // 2
+        paper = sheet.add("SolidMask", "Whole picture", value=0.0, width=models.size, height=models.size)
+        area = sheet.add("SolidMask", "Area", value=1.0, width=side, height=side)
+        place = {"x": models.size // 16, "y": models.size - side - models.size // 16}
+        both = sheet.add(
+            "MaskComposite",
+            "Area in the picture",
+            destination=Out(paper, 0),
+            source=Out(area, 0),
+            operation="add",
+            **place,
+        )
+        mask = {"mask": Out(both, 0)}
+    guide = sheet.add(lesson.guide, **lesson.guide_values, **mask)
+    return Out(guide, 0), Out(guide, 1 if lesson.guide == "DualProcessBeforeAfterGuide" else 2)
+
+
+def judge_and_questions(
+    sheet: Sheet, lesson: Lesson, models: Models, guide: Out | None = None, wording: Out | None = None
+) -> tuple[Out, Out]:
+    """The group with the judge and the chain of questions; what has to stay is asked last."""
+    sheet.group("The judge", GREEN, 360)
+    judge = sheet.add("DualProcessJudgeLoader", "Judge", judge=models.judge)
+    asked = lesson.questions or ((wording, "Yes"),)
+    chain = {}
+    for text, answer in asked:
+        shown = {"guide": guide} if guide else {}
+        question = sheet.add(
+            "DualProcessQuestion", "What the judge is asked", text=text, answer=answer, **chain, **shown
+        )
+        chain = {"questions": Out(question, 0)}
+    last = {"title": "What has to stay", "keep": True} if lesson.file else {"title": "What else it is asked"}
+    question = sheet.add("DualProcessQuestion", text=lesson.keep, **last, **chain)
+    return Out(judge, 0), Out(question, 0)
+
+
+def drawn(sheet: Sheet, model: Out, vae: Out, prompt: Out, latent: Out, title: str) -> Out:
+    """Nodes that draw pictures as the trainer does."""
+    sampler = sheet.add(
+        "KSampler",
+        title,
+        model=model,
+        positive=prompt,
+        negative=prompt,
+        latent_image=latent,
+        seed=1234,
+        steps=4,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+    )
+    return Out(sheet.add("VAEDecode", samples=Out(sampler, 0), vae=vae), 0)
+
+
+def enlarged(sheet: Sheet, models: Models, pictures: Out) -> Out:
+    """The pictures large enough to be looked at."""
+    if models.enlarge == 1:
+        return pictures
+    scaled = {"upscale_method": "bicubic", "scale_by": float(models.enlarge)}
+    return Out(sheet.add("ImageScaleBy", "Larger, to look at", image=pictures, **scaled), 0)
+
+
+def shown_with(sheet, models, model, vae, prompt, latent, drawing: str, title: str) -> None:
+    """Nodes that draw pictures and show them."""
+    pictures = drawn(sheet, model, vae, prompt, latent, drawing)
+    sheet.add("PreviewImage", title, images=enlarged(sheet, models, pictures))
+
+
+def downloads_of(models: Models) -> tuple[dict[str, str], ...]:
+    """What the front end offers to download."""
+    if not models.checkpoint_from:
+        return ()
+    url = f"https://huggingface.co/{models.checkpoint_from}/resolve/main/{models.checkpoint}"
+    return ({"name": models.checkpoint, "url": url, "directory": "checkpoints"},)
+
+
+TINY_KNOWS = (
+    "The tiny judge knows whether the horizon is in the upper half, the colours are warm, the lines are thick, and "
+    "the white ball is in front of the green one."
+)
+
+
+def training_note(lesson: Lesson, models: Models) -> str:
+    """What the user should know before pressing Run."""
+    if not models.checkpoint_from:
+        return (
+            f"**{lesson.name}** - runs on any machine, also without a GPU, with the pack's own tiny models.\n\n"
+            f"{lesson.about}\n\n"
+            "1. Press **Run**, and watch the pictures and the judge's answers on the trainer.\n"
+            "2. Compare **Before** and **After**: the same seed, without and with the LoRA.\n"
+            f"3. {lesson.try_this}\n\n"
+            f"{TINY_KNOWS}\n"
+        )
+    tiny = "There is no tiny version: the tiny models know neither cups nor comparisons.\n"
+    if lesson.name in {other.name for other in TINY_LESSONS}:
+        tiny = (
+            "The tiny version differs in the loaders, the picture size, the trainer's steps, learning rate and rank, "
+            "and asks plain questions: its judge does not know guides.\n"
+        )
+    return (
+        f"**{lesson.name}**\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
+        "3. Press **Run**; compare **Before** and **After**.\n"
+        f"4. {lesson.try_this}\n\n"
+        "**Not measured:** nobody has made a result with these weights yet. Learning rate, steps and rank are near "
+        f"the paper's and a place to start from.\n\n{tiny}"
+    )
+
+
+def picking_note(lesson: Lesson, models: Models) -> str:
+    """The same for a template without training."""
+    if not models.checkpoint_from:
+        return (
+            f"**{lesson.name}** - no training; runs on any machine, also without a GPU.\n\n{lesson.about}\n\n"
+            "1. Press **Run**. *Judge Score* shows the best picture and a table of all.\n"
+            f"2. {lesson.try_this}\n\n{TINY_KNOWS}\n"
+        )
+    return (
+        f"**{lesson.name}** - no training.\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
+        "3. Press **Run**. *Judge Score* shows the best picture and a table of all.\n"
+        f"4. {lesson.try_this}\n\n"
+        "**Not measured:** how well this judge sorts has not been looked at.\n\n"
+        "The tiny version differs in the loaders, the picture size and number, the prompt and the questions.\n"
+    )
+
+
+def what_to_download(models: Models) -> str:
+    """The first two steps with real models."""
+    return (
+        f"1. Image model: `{models.checkpoint}` (with CLIP and VAE in it) into `models/checkpoints`; ComfyUI offers "
+        "the download.\n"
+        "2. Judge: a folder inside `models/VLM`. In ComfyUI's folder:\n"
+        f"```\nhuggingface-cli download {models.judge_from} --local-dir models/VLM/{models.judge}\n```\n"
+        f"   then press **R**. (Or put `{models.judge_from}` into *hub_id* and tick *download*.)"
+    )
+
+
+def thumbnail(lesson: Lesson, models: Models, pictures: Path | None) -> Image.Image | None:
+    """A template's thumbnail; None when it shows results and there are none."""
+    if models.checkpoint_from:
+        return sketch(lesson.name, models.label)
+    if pictures is None:
+        return None
+    folder = pictures / lesson.name
+    return pairs(folder, lesson.holds) if lesson.file else ranking(folder)
+
+
+def main() -> None:
+    """Write all templates."""
+    parser = argparse.ArgumentParser(prog="dev.py templates", description=main.__doc__)
+    parser.add_argument("--pictures", type=Path, help="folder with a folder of results for each tiny template")
+    pictures = parser.parse_args().pictures
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        with ComfyServer(base, base / "comfyui.log") as server, ComfyClient(server.url) as client:
+            object_info = client.get_json("/object_info")
+    for name, content in templates(object_info):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
+    for lesson, models in lessons():
+        if picture := thumbnail(lesson, models, pictures):
+            picture.save(FOLDER / f"{file_name(lesson, models)}.jpg", quality=88)
+
+
+if __name__ == "__main__":
+    main()
