@@ -22,7 +22,7 @@ from .objective import Objective
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
 NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-LOOKS = 5  # that must hold before training stops: pictures are still getting cleaner after the first
+LOOKS = 5  # in a row that must hold before training stops: pictures are still getting cleaner after the first
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
@@ -176,7 +176,7 @@ def train(
                     break
                 if settings.check_every == 0 or standing(run.checks[-1]) >= max(map(standing, run.checks)) - NOISE:
                     best, kept = run.checks[-1], student.lora.snapshot()
-            if holds(run.checks[-1]) and sum(map(holds, run.checks)) >= LOOKS:
+            if all(map(holds, run.checks[-LOOKS:])):
                 run.stopped = f"held at step {step}"
                 break
     student.lora.load_state_dict(kept)
