@@ -24,7 +24,7 @@ from dual_process.vlm.question import Question
 PROMPT = "a landscape with two balls"
 BATCH, HELD_OUT, FIRST_SEED = 16, 64, 1_000_000_000
 # as the template "Teach the horizon" has it
-TEMPLATE = Settings(steps=170, learning_rate=1e-3, check_every=10, held=0.97, learn_at=EARLY_STEPS)
+TEMPLATE = Settings(steps=180, learning_rate=1e-3, check_every=10, held=0.97, learn_at=EARLY_STEPS)
 
 
 @dataclass

@@ -30,7 +30,7 @@ MEASURES = {"horizon": "horizon", "palette": "warmth", "line": "line", "depth": 
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
 PUBLISHED = Settings(
-    steps=170, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
+    steps=180, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
 )
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]

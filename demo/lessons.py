@@ -48,7 +48,7 @@ TINY = Models(
     64,
     16,
     enlarge=4,
-    training={"steps": 170, "learning_rate": 0.001, "rank": 8, "check_every": 10},
+    training={"steps": 180, "learning_rate": 0.001, "rank": 8, "check_every": 10},
 )
 FLUX = Models(
     "FLUX schnell, Qwen2.5-VL",
