@@ -147,7 +147,9 @@ def test_templates_are_listed_with_their_thumbnails(client):
         assert Image.open(io.BytesIO(picture)).format == "JPEG"
 
 
-def test_templates_are_what_dev_py_templates_writes(object_info):
+def test_templates_are_what_dev_py_templates_writes(client, object_info):
+    if client.get_json("/system_stats")["system"]["comfyui_version"] != "0.3.75":
+        pytest.skip("they are written from the node definitions of the oldest ComfyUI that is supported")
     written = dict(templates(object_info))
     assert sorted(written) == template_names()
     for name, content in written.items():
