@@ -20,61 +20,26 @@ from pathlib import Path
 import torch
 import transformers
 
-from dual_process.tests.vlm_families import tensor_backed
-from dual_process.tests.vlm_words import CORPUS, qwen_words
+from dual_process.benchmarks.pairs import QUESTIONS, qwen2_5_vl
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = [
-    "Is the overlaid red line aligned with the horizon of the scene?",
-    "Do the predominant colors of the image match the color palette at the bottom?",
-    "Is Point B much closer to the camera than Point A in this picture?",
-    "Are there visible layers or separation between the oil and water?",
-    "Does the composition of the image match the overlaid red instructions?",
-]
 
 
 def half_billion_judge() -> Judge:
     """Qwen2.5-0.5B's language model under a CLIP-B-sized tower, random weights, fp32."""
-    words = qwen_words(QUESTIONS + CORPUS)
-    mark = words.convert_tokens_to_ids
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config=dict(
-            depth=12,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_heads=12,
-            out_hidden_size=896,
-            fullatt_block_indexes=[2, 5, 8, 11],
-        ),
-        text_config=dict(
-            vocab_size=151936,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            rope_parameters=rope,
-            rope_scaling=rope,
-        ),
-        image_token_id=mark("<|image_pad|>"),
-        video_token_id=mark("<|video_pad|>"),
-        vision_start_token_id=mark("<|vision_start|>"),
-        vision_end_token_id=mark("<|vision_end|>"),
-        tie_word_embeddings=True,
+    vision = dict(depth=12, hidden_size=768, intermediate_size=2048, num_heads=12, fullatt_block_indexes=[2, 5, 8, 11])
+    text = dict(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
     )
-    torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    processor = transformers.Qwen2_5_VLProcessor(
-        transformers.Qwen2VLImageProcessor(max_pixels=1280 * 28 * 28),
-        words,
-        transformers.Qwen2VLVideoProcessor(),
-        chat_template=words.chat_template,
-    )
-    return Judge(model, tensor_backed(processor), "Qwen2.5-VL, 0.5 B class, random weights")
+    return qwen2_5_vl(vision, text, tie=True)
 
 
 class PeakMemory:

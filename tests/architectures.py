@@ -138,10 +138,16 @@ ARCHITECTURES = {
 
 def build_model(name: str, seed: int = 0, dtype=torch.float32, compute: torch.dtype | None = None) -> ModelPatcher:
     """The tiny MODEL of an architecture, random weights of ``dtype``, cast to ``compute`` (if given) as it runs."""
-    architecture = ARCHITECTURES[name]
+    return assemble(ARCHITECTURES[name], seed, dtype, compute)
+
+
+def assemble(
+    architecture: Architecture, seed: int = 0, dtype=torch.float32, compute: torch.dtype | None = None, device="cpu"
+) -> ModelPatcher:
+    """As ``build_model``, for an architecture of any size, its weights made on ``device``."""
     model_config = getattr(sm, architecture.model_class)(known_to_this_comfyui(architecture))
     model_config.set_inference_dtype(dtype, compute)
-    model = model_config.get_model({}, "", device="cpu")
+    model = model_config.get_model({}, "", device=device)
     randomise(model.diffusion_model, seed)
     model.requires_grad_(False)
     return ModelPatcher(model, mm.get_torch_device(), mm.unet_offload_device())
@@ -149,10 +155,15 @@ def build_model(name: str, seed: int = 0, dtype=torch.float32, compute: torch.dt
 
 def build_conditioning(name: str, seed: int = 1, tokens: int = 7) -> list:
     """Random CONDITIONING that fits ``build_model(name)``."""
+    return conditioning(ARCHITECTURES[name], seed, tokens)
+
+
+def conditioning(architecture: Architecture, seed: int = 1, tokens: int = 7, width: int = CONTEXT) -> list:
+    """Random CONDITIONING of ``tokens`` tokens, ``width`` wide, with the extra values that an architecture wants."""
     generator = torch.Generator().manual_seed(seed)
-    extra = ARCHITECTURES[name].extra or {}
+    extra = architecture.extra or {}
     values = {key: torch.randn(shape, generator=generator) for key, shape in extra.items()}
-    return [[torch.randn(1, tokens, CONTEXT, generator=generator), values]]
+    return [[torch.randn(1, tokens, width, generator=generator), values]]
 
 
 def build_latent(name: str, batch: int = 1) -> dict:
@@ -162,10 +173,11 @@ def build_latent(name: str, batch: int = 1) -> dict:
 
 def randomise(module: torch.nn.Module, seed: int, gain: float = 1.0) -> None:
     """Random weights of a size that keeps activations near one; a smaller ``gain`` bends less."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             if parameter.ndim >= 2:
                 parameter.copy_(noise * gain / math.sqrt(parameter[0].numel()))
             elif name.endswith(("weight", "scale")):
@@ -174,7 +186,7 @@ def randomise(module: torch.nn.Module, seed: int, gain: float = 1.0) -> None:
                 parameter.copy_(0.05 * noise)
         for buffer in module.buffers():  # position embeddings, which loaders would fill
             if buffer.is_floating_point():
-                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator, device=device))
 
 
 def known_to_this_comfyui(architecture: Architecture) -> dict:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dual_process.tests.gradients import derivative_ratio, give_lora_a_value, picture_to_lora_ratio
+from dual_process.trainers.dual_process import Settings, one_pass
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.question import Question
 
@@ -207,33 +208,49 @@ def test_draws_what_ksampler_draws(lab):
     assert torch.allclose(student.run(lambda: student.draw(11), beside=[]).movedim(1, -1), picture, atol=1e-4)
 
 
+@pytest.mark.parametrize("anchor", [0.3, 0.0])
 @pytest.mark.parametrize("kind", [MARGIN, TARGET, LIKELIHOOD])
-def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind):
-    """The loop's two-part backward against plain end-to-end autograd, anchor included."""
+def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, anchor):
+    """The loop's own pass, in two parts, against plain end-to-end autograd."""
     student, judge = lab.build_student("SD3"), lab.build_judge()
     questions = [Question("Is the line thick?"), Question("What is it?", "a line", 2.0)]
     objective = Objective(questions, kind, target=1 - 1e-13)
-    anchor = 0.3
+    settings, rng = Settings(anchor=anchor, judge_noise=0.0), torch.Generator().manual_seed(0)
 
     def loop():
         give_lora_a_value(student.lora)
-        x = student.roll(student.noise(3), 1)
+        noise = student.noise(3)
+        x = student.roll(noise, 1)
         with torch.no_grad(), student.lora.disabled():
             base = student.predict(x, 1)
         x0 = student.predict(x, 1)
-        loss, _ = objective(judge.judge, student.decode(x0))
-        whole = torch.autograd.grad(loss + anchor * (x0 - base).square().mean(), list(student.lora.parameters()))
-
-        x0 = student.predict(x, 1)
         image = student.decode(x0)
-        seen = image.detach().requires_grad_()
-        objective(judge.judge, seen)[0].backward()
-        torch.autograd.backward([image, x0], [seen.grad, anchor * 2 / x0.numel() * (x0 - base).detach()])
+        seen = image + (image.clamp(0, 1) - image).detach()  # a clamp that lets gradients pass
+        loss, _ = objective(judge.judge, seen)
+        whole = torch.autograd.grad(loss + anchor * (x0 - base).square().mean(), list(student.lora.parameters()))
+        one_pass(student, judge.judge, objective, settings, rng, noise, x, 1)
         return whole, [p.grad for p in student.lora.parameters()]
 
     whole, handed_over = student.run(loop, beside=[judge.patcher])
     for a, b in zip(whole, handed_over):
         assert torch.allclose(a, b, atol=1e-6 * a.abs().max())
+
+
+@pytest.mark.parametrize("anchor, forwards", [(0.1, 2), (0.0, 1)])
+def test_a_step_runs_the_model_no_more_than_it_needs(lab, anchor, forwards):
+    """Once for x0, and once more only where there is an anchor to compare with."""
+    student, judge = lab.build_student("SD3", cfg=1.0), lab.build_judge()
+    rng = torch.Generator().manual_seed(0)
+    calls = []
+
+    def loop():
+        noise = student.noise(3)
+        student.model.model.diffusion_model.register_forward_pre_hook(lambda *_: calls.append(1))
+        settings = Settings(anchor=anchor)
+        one_pass(student, judge.judge, Objective([Question("Is the line thick?")]), settings, rng, noise, noise, 0)
+
+    student.run(loop, beside=[judge.patcher])
+    assert len(calls) == forwards
 
 
 def test_misfits_are_refused_before_anything_is_loaded(lab):

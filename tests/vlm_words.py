@@ -87,7 +87,6 @@ def qwen_words(corpus: Sequence[str] = CORPUS) -> PreTrainedTokenizerFast:
     return tokenizer([*special, "<pad>"], chatml(image), "Qwen2", corpus, eos_token="<|im_end|>", pad_token="<pad>")
 
 
-def smol_words() -> PreTrainedTokenizerFast:
-    return tokenizer(
-        [*SMOL_TOKENS, "<video>"], SMOL, bos_token="<|im_start|>", eos_token=SMOL_TOKENS[1], pad_token="<pad>"
-    )
+def smol_words(corpus: Sequence[str] = CORPUS) -> PreTrainedTokenizerFast:
+    named = dict(bos_token="<|im_start|>", eos_token=SMOL_TOKENS[1], pad_token="<pad>")
+    return tokenizer([*SMOL_TOKENS, "<video>"], SMOL, corpus=corpus, **named)

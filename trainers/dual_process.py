@@ -246,11 +246,13 @@ def one_pass(
     seen = image.detach().clamp(0, 1).requires_grad_()
     loss, scores = objective(judge, shown(seen, settings, rng), before)
     (loss * judge.gradient_scale).backward()
-    with torch.no_grad(), student.lora.disabled():
-        drift = x0 - student.predict(x, k)
-    pull = settings.anchor * 2 / x0.numel() * drift
-    push = seen.grad / judge.gradient_scale
-    torch.autograd.backward([image, x0], [push * student.gradient_scale, pull * student.gradient_scale])
+    pushed, pushes = [image], [seen.grad / judge.gradient_scale]
+    if settings.anchor:
+        with torch.no_grad(), student.lora.disabled():
+            drift = x0 - student.predict(x, k)
+        pushed.append(x0)
+        pushes.append(settings.anchor * 2 / x0.numel() * drift)
+    torch.autograd.backward(pushed, [push * student.gradient_scale for push in pushes])
     return loss.detach(), scores.mean(dim=0), image.detach()
 
 

@@ -1,0 +1,101 @@
+"""What a training step costs: against the least it could cost, and against the published way.
+
+    python3 dev.py bench step --json step.json
+
+Ratios of CPU seconds, medians of steps taken in turn, on the bundled models and on random ones of about 100 M
+parameters: SD3's form and SmolVLM's, 256 px; one pair where generator and judge cost about the same, one where the
+generator dominates.
+
+* ``plain_over_ideal``, ``checkpointed_over_ideal``: one question, no anchor, against bare forward and backward of
+  generator, VAE and judge on the same tensors.
+* ``default_over_ideal``: as the trainer is set by default, with checkpointing and anchor.
+* ``plain_over_published``, ``checkpointed_over_published``, ``default_over_published``: three questions, against one
+  graph from the answers to the LoRA, with a whole pass of the judge for each question.
+* ``outside_torch``: share of the default step that is spent in neither a torch operator nor the preparation of pictures
+  for the judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dual_process.benchmarks.pairs import Pair, bundled, parameters, random_pair, sd3, smol_judge, start_comfyui
+from dual_process.benchmarks.ways import ANCHORED, Ideal, Ours, Published, interleaved, machine, outside_torch, report
+
+QUESTIONS = 3
+
+
+def compare(pair: Pair, repeats: int) -> dict:
+    """Seconds of all ways to take a step, and the ratios of their CPU seconds."""
+    ideal = Ideal(pair)
+    steps = {
+        "plain": Ours(pair, 1, checkpointed=False),
+        "checkpointed": Ours(pair, 1, checkpointed=True),
+        "default": Ours(pair, 1, checkpointed=True, settings=ANCHORED),
+        "plain, three questions": Ours(pair, QUESTIONS, checkpointed=False),
+        "checkpointed, three questions": Ours(pair, QUESTIONS, checkpointed=True),
+        "default, three questions": Ours(pair, QUESTIONS, checkpointed=True, settings=ANCHORED),
+        "published, three questions": Published(pair, QUESTIONS),
+    }
+    ways = {name: lambda measured, step=step: step.run(0, measured) for name, step in steps.items()}
+    taken = interleaved({"ideal": ideal.run, **ways}, repeats)
+    cpu = {name: one["cpu_seconds"] for name, one in taken.items()}
+    ratios = {}
+    for name in ("plain", "checkpointed", "default"):
+        ratios[f"{name}_over_ideal"] = cpu[name] / cpu["ideal"]
+        ratios[f"{name}_over_published"] = cpu[f"{name}, three questions"] / cpu["published, three questions"]
+    ratios["outside_torch"] = outside_torch(steps["default"])
+    student = steps["plain"].student
+    return {
+        "parameters": {
+            "generator": parameters(student.model.model),
+            "VAE": parameters(student.vae.first_stage_model),
+            "judge": parameters(pair.judge.judge.model),
+            "LoRA": parameters(student.lora),
+        },
+        "bare_forward_cpu_seconds": ideal.forward_seconds(),
+        "steps": taken,
+        "ratios": ratios,
+    }
+
+
+def equal_cost() -> Pair:
+    """About 100 M parameters each; generator and judge take about as long."""
+    return random_pair("equal cost", sd3(9), smol_judge((11, 512), (16, 576), 256), 256)
+
+
+def generator_dominates() -> Pair:
+    """The same generator with a judge of a tenth of its cost."""
+    return random_pair("generator dominates", sd3(9), smol_judge((4, 256), (4, 256), 256), 256)
+
+
+PAIRS = {"bundled": bundled, "equal cost": equal_cost, "generator dominates": generator_dominates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; medians are reported")
+    parser.add_argument("--only", choices=PAIRS, nargs="+", default=list(PAIRS), help="pairs to measure")
+    arguments = parser.parse_args()
+    start_comfyui()
+    result = {"machine": machine(), "rounds": arguments.repeats}
+    with torch.inference_mode():
+        compare_all(arguments.only, lambda pair: compare(pair, arguments.repeats), result, arguments.json)
+
+
+def compare_all(names: list[str], compare: Callable[[Pair], dict], result: dict, path: Path | None) -> None:
+    """Complete ``result`` by what ``compare`` finds out about each pair, and report it after every one."""
+    result["ratios"] = {}
+    for name in names:
+        result[name] = compare(PAIRS[name]())
+        result["ratios"] |= {f"{name}: {what}": ratio for what, ratio in result[name].pop("ratios").items()}
+        report(result, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The benchmarks of a step, on models so small that only their code is tested, and the accounting they rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PHASES = ["rollout", "generator forward", "VAE forward", "judge forward", "judge backward"]
+
+
+@pytest.fixture
+def pair(comfy):
+    """A student and a judge of two layers, 64 px."""
+    from dual_process.benchmarks.pairs import random_pair, sd3, smol_judge
+
+    with torch.inference_mode():
+        yield random_pair("tiny", sd3(2), smol_judge((1, 64), (1, 64), side=64), side=64)
+
+
+def test_step(pair):
+    from dual_process.benchmarks.step import compare
+
+    found = compare(pair, repeats=1)
+    assert set(found["steps"]) > {"ideal", "plain", "default", "published, three questions"}
+    assert all(ratio > 0 for ratio in found["ratios"].values()) and found["ratios"]["outside_torch"] < 1
+
+
+def test_the_published_way_teaches_the_same(pair):
+    """Without noise before the judge, and with pictures within 0..1, the gradients are equal."""
+    from dual_process.benchmarks.ways import Ours, Published
+    from dual_process.trainers.dual_process import Settings
+
+    decoder = pair.student(False).vae.first_stage_model
+    own = decoder.decode
+    decoder.decode = lambda z: own(z).tanh()
+    gradients = []
+    for way in (Ours(pair, 3, False, Settings(anchor=0.0, judge_noise=0.0)), Published(pair, 3)):
+        kept: list[torch.Tensor] = []
+        gradients.append(kept)
+
+        def keep(phase, way=way, kept=kept):
+            if phase == "optimiser":
+                kept += [p.grad.clone() for p in way.student.lora.parameters() if p.grad is not None]
+
+        way.run(0, entered=keep)
+    ours, published = (torch.cat([g.flatten() for g in kept]) for kept in gradients)
+    assert ours.norm() > 0 and torch.allclose(ours, published, atol=1e-4 * ours.abs().max())
+
+
+def test_live_memory_by_hand():
+    from dual_process.benchmarks.memory import LiveMemory
+
+    weight = torch.ones(256, 256)
+    with LiveMemory() as memory:
+        memory.entered("first")
+        kept = weight.t() * 2
+        assert memory.live == 2**18, "a view of what was there before is nothing new"
+        memory.entered("second")
+        passing = kept + 1
+        view = passing[0]
+        del passing
+        assert memory.live == 2 * 2**18, "a view keeps the whole"
+        del view
+        kept.add_(1)
+        assert memory.live == 2**18
+    assert memory.peaks == {"first": 2**18, "second": 2 * 2**18} and memory.peak == 2 * 2**18
+    x = torch.ones(256, 256, requires_grad=True)
+    with LiveMemory() as memory:
+        y = (x * 2).sin().sum()
+        assert memory.live == 2**18 + 4, "what autograd saved is alive"
+        y.backward()
+        del y
+        assert memory.live == 2**18, "the gradient"
+
+
+def test_memory(pair):
+    from dual_process.benchmarks.memory import compare
+
+    found = compare(pair)
+    ours, published = found["peak_mb"]["checkpointed"], found["peak_mb"]["published"]
+    assert set(ours) == {"whole", *PHASES, "VAE backward", "generator backward", "optimiser"}
+    assert "anchor" in found["peak_mb"]["default"] and ours["whole"] == max(ours.values())
+    assert ours["whole"] < published["whole"]
+
+
+def test_scaling(comfy, monkeypatch, tmp_path):
+    from dual_process.benchmarks import scaling
+
+    assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    with torch.inference_mode():
+        found = {"batch": scaling.sweep("batch", [1, 2], repeats=1)}
+    assert found["batch"]["sizes"] == [1, 2] and set(found["batch"]["exponents"]) == {"cpu_seconds", "peak_mb"}
+    scaling.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_gpu(tmp_path: Path, comfyui: Path, *options: str) -> dict:
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(tmp_path / "gpu.json"), *options]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return json.loads((tmp_path / "gpu.json").read_text())
+
+
+def test_gpu_without_one(tmp_path, comfyui):
+    assert run_gpu(tmp_path, comfyui) == {
+        "skipped": "bench gpu needs an NVIDIA GPU, and torch sees none here: nothing was measured."
+    }
+
+
+def test_gpu_tiny(tmp_path, comfyui):
+    found = run_gpu(tmp_path, comfyui, "--tiny", "--repeats", "1")
+    one = found["tiny FLUX fp8, tiny judge, 64 px"]["default"]
+    assert found["tiny"] and one["steps_per_second"] > 0 and one["peak_mb"] > 0
+    assert sum(one["shares"].values()) == pytest.approx(1)
+    assert "tiny FLUX bf16, tiny judge, 64 px: default: memory" in found["ratios"]
