@@ -140,7 +140,8 @@ class ComfyStudent:
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
             load_for_training([model, self.vae.patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
-            return model.model, conds, extra
+            self._all_conds = conds
+            return model.model, self._conds_of_a_draw(0), extra
 
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, load)
         injection = PatcherInjection(
@@ -153,7 +154,7 @@ class ComfyStudent:
             stack.enter_context(gradients())
             stack.callback(patched.eject_model)
             self.lora.to(patched.load_device)
-            guider.inner_set_conds(_normal_tensors({"positive": self.conds["prompt 0"], **self.conds}))
+            guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
@@ -161,9 +162,18 @@ class ComfyStudent:
 
     # What the loop may call, only while ``run`` is running it.
 
+    def _conds_of_a_draw(self, prompt: int) -> dict[str, list]:
+        """What a KSampler would be given. Prompts are never given together: ComfyUI hands areas, ControlNets and GLIGEN
+        boxes on from each cond to the others."""
+        return {
+            "positive" if name == f"prompt {prompt}" else name: conds
+            for name, conds in self._all_conds.items()
+            if name in (f"prompt {prompt}", "negative")
+        }
+
     def use_prompt(self, index: int) -> None:
         """Draw with prompt ``index`` (0 <= index < prompts) from now on."""
-        self._guider.conds["positive"] = self._guider.conds[f"prompt {index}"]
+        self._guider.conds = self._conds[index]
 
     def noise(self, seed: int) -> Tensor:
         """Unit Gaussian noise in the latent's shape, the same that KSampler draws for this seed."""
@@ -234,10 +244,18 @@ class _Loop(comfy.samplers.Sampler):
         student._denoiser.latent_image = latent_image
         in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
+        student._conds = [
+            comfy.samplers.process_conds(
+                model_wrap.inner_model, noise, student._conds_of_a_draw(prompt), noise.device, latent_image,
+                denoise_mask, extra_args["seed"], latent_shapes=[noise.shape],
+            )
+            for prompt in range(student.prompts)
+        ]  # fmt: skip
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
             self.result = self.loop()
         return latent_image
 
+        model_wrap.conds = student._all_conds  # of which the ControlNets are put away
 
 def _static_clone(model: ModelPatcher) -> ModelPatcher:
     """A clone whose weights stay where they are while it runs, which newer ComfyUIs do not promise of every MODEL."""
