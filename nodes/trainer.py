@@ -120,17 +120,13 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
     Raises:
         ValueError: inputs that do not fit together.
     """
-    sigmas = inputs.sigmas
-    if sigmas is None:
-        noise_levels = inputs.model.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(noise_levels, inputs.scheduler, inputs.sampler_steps)
     return ComfyStudent(
         inputs.model,
         inputs.vae,
         [inputs.positive, *inputs.more_prompts],
         inputs.negative,
         inputs.latent,
-        sigmas,
+        noise_levels(inputs),
         inputs.sampler or comfy.samplers.sampler_object(inputs.sampler_name),
         cfg=inputs.cfg,
         rank=inputs.rank,
@@ -140,6 +136,20 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
         checkpointed=inputs.checkpointing,
         start=None if inputs.continue_from == NEW_LORA else read_lora(inputs.continue_from),
     )
+
+
+def noise_levels(inputs: SimpleNamespace) -> Tensor:
+    """The schedule that pictures will be drawn with: the connected one, KSampler's, or SamplerCustom's, which unlike
+    KSampler gives every sampler the same."""
+    if inputs.sigmas is not None:
+        return inputs.sigmas
+    if inputs.sampler is not None:
+        sampling = inputs.model.get_model_object("model_sampling")
+        return comfy.samplers.calculate_sigmas(sampling, inputs.scheduler, inputs.sampler_steps)
+    drawn_with = comfy.samplers.KSampler(
+        inputs.model, inputs.sampler_steps, torch.device("cpu"), inputs.sampler_name, inputs.scheduler
+    )
+    return drawn_with.sigmas
 
 
 class Progress:

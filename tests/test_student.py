@@ -208,6 +208,28 @@ def test_draws_what_ksampler_draws(lab):
     assert torch.allclose(student.run(lambda: student.draw(11), beside=[]).movedim(1, -1), picture, atol=1e-4)
 
 
+def test_draws_the_pictures_of_a_batch_that_the_latent_names(lab):
+    import nodes
+
+    model = lab.build_model("SD3")
+    latent = lab.build_latent("SD3", batch=2) | {"batch_index": [3, 5]}
+    student = lab.build_student("SD3", model, latent=latent)
+    positive, negative = lab.build_conditioning("SD3"), lab.build_conditioning("SD3", seed=2)
+    (drawn,) = nodes.common_ksampler(model, 11, 4, 1.5, "euler", "simple", positive, negative, latent)
+    (pictures,) = nodes.VAEDecode().decode(student.vae, drawn)
+    assert torch.allclose(student.run(lambda: student.draw(11), beside=[]).movedim(1, -1), pictures, atol=1e-4)
+
+
+def test_an_empty_latent_has_the_size_that_ksampler_gives_it(lab):
+    """Newer versions tell a model of 16 pixels per latent pixel that Empty Latent Image counts in eights."""
+    import nodes
+
+    latent = nodes.EmptyLatentImage().generate(64, 64)[0]
+    positive, model = lab.build_conditioning("FLUX.2"), lab.build_model("FLUX.2")
+    (drawn,) = nodes.common_ksampler(model, 1, 1, 1.0, "euler", "simple", positive, positive, latent)
+    assert lab.build_student("FLUX.2", model, latent=latent).latent.shape == drawn["samples"].shape
+
+
 @pytest.mark.parametrize("anchor", [0.3, 0.0])
 @pytest.mark.parametrize("kind", [MARGIN, TARGET, LIKELIHOOD])
 def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, anchor):

@@ -160,3 +160,38 @@ def test_changes_the_picture(lab, feature, name):
 
     with_it, without = prediction(feature), prediction(nothing)
     assert (with_it - without).abs().max() > 1e-3 * without.abs().max()
+
+
+def controlnet_for_both(lab, name: str) -> list:
+    """Through the older node, whose ControlNet ComfyUI passes on to the negative prompt."""
+    import nodes
+
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(12))
+    (controlled,) = nodes.ControlNetApply().apply_controlnet(
+        lab.build_conditioning(name), tiny_controlnet(lab, name), image, 0.8
+    )
+    return controlled
+
+
+def area(lab, name: str) -> list:
+    (upper,) = area_and_mask(lab, name)["positives"]
+    return upper[:1] + upper[2:]
+
+
+@pytest.mark.parametrize("other", [controlnet_for_both, area])
+def test_prompts_do_not_know_of_each_other(lab, other):
+    """Each is drawn as a KSampler draws it that has only this prompt."""
+    import nodes
+
+    name = "SD1.5"
+    model, negative = lab.build_model(name), lab.build_conditioning(name, seed=2)
+    prompts = [other(lab, name), lab.build_conditioning(name, seed=21)]
+    for positives in (prompts, prompts[::-1]):
+        student = lab.build_student(name, model, positives=positives, vae=lab.LinearVAE(4))
+        drawn = student.run(lambda student=student: [student.draw(5, i) for i in range(2)], beside=[])
+        for positive, picture in zip(positives, drawn):
+            (latent,) = nodes.common_ksampler(
+                model, 5, 4, 1.5, "euler", "simple", positive, negative, lab.build_latent(name)
+            )
+            wanted = student.vae.process_output(student.vae.first_stage_model.decode(latent["samples"]))
+            assert torch.allclose(picture, wanted, atol=1e-4)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -31,3 +34,24 @@ def test_boxes_start_with_the_defaults_of_the_method(trainer):
     assert {name: boxes[name][1]["default"] for name in added_later} == {
         name: trainer.LEFT_OUT[name] for name in added_later
     }
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm_2", "uni_pc"])
+def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
+    """It leaves a noise level out for some samplers; SamplerCustom does not."""
+    import comfy.samplers
+
+    import nodes
+    from dual_process.tests import architectures as lab
+
+    model, given = lab.build_model("SD3"), []
+    monkeypatch.setattr(comfy.samplers, "sample", lambda *args, **_: given.append(args[7]) or args[1])
+    prompt = lab.build_conditioning("SD3")
+    nodes.common_ksampler(model, 1, 4, 1.0, name, "simple", prompt, prompt, lab.build_latent("SD3"))
+    inputs = SimpleNamespace(
+        model=model, sigmas=None, sampler=None, sampler_name=name, scheduler="simple", sampler_steps=4
+    )
+    assert torch.equal(trainer.noise_levels(inputs), given[0])
+    inputs.sampler = comfy.samplers.sampler_object(name)
+    plain = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    assert torch.equal(trainer.noise_levels(inputs), plain)

@@ -82,7 +82,7 @@ class ComfyStudent:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
         self.model = _static_clone(model)
         self.vae = vae
-        self.latent_mask = latent.get("noise_mask")
+        self.latent_mask, self.noise_indices = latent.get("noise_mask"), latent.get("batch_index")
         self.conds = {f"prompt {i}": positive for i, positive in enumerate(positives)}
         self.prompts = len(positives)
         if negative is not None:
@@ -91,7 +91,9 @@ class ComfyStudent:
         self.steps = len(sigmas) - 1
         self._check_vae()
         with gradients():
-            self.latent = comfy.sample.fix_empty_latent_channels(self.model, latent["samples"].clone())
+            fix = comfy.sample.fix_empty_latent_channels
+            known = {key: value for key, value in latent.items() if key in inspect.signature(fix).parameters}
+            self.latent = fix(self.model, latent["samples"].clone(), **known)
             self.lora = LoRA(lora_targets(self.model.model.diffusion_model, targets), rank, alpha, seed)
             if start is not None:
                 start_from(self.lora, start, self.model.model)
@@ -140,7 +142,8 @@ class ComfyStudent:
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
             load_for_training([model, self.vae.patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
-            return model.model, conds, extra
+            self._all_conds = conds
+            return model.model, self._conds_of_a_draw(0), extra
 
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, load)
         injection = PatcherInjection(
@@ -153,22 +156,31 @@ class ComfyStudent:
             stack.enter_context(gradients())
             stack.callback(patched.eject_model)
             self.lora.to(patched.load_device)
-            guider.inner_set_conds(_normal_tensors({"positive": self.conds["prompt 0"], **self.conds}))
+            guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
         return sampler.result
 
+    def _conds_of_a_draw(self, prompt: int) -> dict[str, list]:
+        """What a KSampler would be given. Prompts are never given together: ComfyUI hands areas, ControlNets and GLIGEN
+        boxes on from each cond to the others."""
+        return {
+            "positive" if name == f"prompt {prompt}" else name: conds
+            for name, conds in self._all_conds.items()
+            if name in (f"prompt {prompt}", "negative")
+        }
+
     # What the loop may call, only while ``run`` is running it.
 
     def use_prompt(self, index: int) -> None:
         """Draw with prompt ``index`` (0 <= index < prompts) from now on."""
-        self._guider.conds["positive"] = self._guider.conds[f"prompt {index}"]
+        self._guider.conds = self._conds[index]
 
     def noise(self, seed: int) -> Tensor:
         """Unit Gaussian noise in the latent's shape, the same that KSampler draws for this seed."""
         self._extra_args["seed"] = seed  # ancestral samplers draw their own noise from it
-        return comfy.sample.prepare_noise(self._latent, seed).to(self._latent.device)
+        return comfy.sample.prepare_noise(self._latent, seed, self.noise_indices).to(self._latent.device)
 
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:
@@ -232,10 +244,18 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
+        student._conds = [
+            comfy.samplers.process_conds(
+                model_wrap.inner_model, noise, student._conds_of_a_draw(prompt), noise.device, latent_image,
+                denoise_mask, extra_args["seed"], latent_shapes=[noise.shape],
+            )
+            for prompt in range(student.prompts)
+        ]  # fmt: skip
         in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
             self.result = self.loop()
+        model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
 
 
