@@ -40,6 +40,12 @@ def test_targets_are_attention_and_mlp_of_the_blocks():
         lora_targets(Net(), "cross")
 
 
+@pytest.mark.parametrize("pattern", ["*attn", "attn["])
+def test_targets_that_are_no_pattern_are_said_to_be_none(pattern):
+    with pytest.raises(ValueError, match="are no regular expression.*for example 'attn'"):
+        lora_targets(nn.Module(), pattern)
+
+
 def test_injected_is_the_formula_and_ejected_is_as_before():
     torch.manual_seed(0)
     net = Net()

@@ -97,6 +97,15 @@ def test_attention_replaced_by_a_kernel_without_autograd(lab, name, module, atte
         check(lab.build_student(name))
 
 
+def test_the_attention_kernel_that_comfyui_was_started_with_is_not_used(lab, monkeypatch):
+    """As with --use-sage-attention: most models ask ComfyUI which kernel to use, and the student answers."""
+    from comfy.ldm.modules import attention
+
+    sage = attention.wrap_attn(without_autograd(attention.attention_pytorch))
+    monkeypatch.setattr(attention, "optimized_attention", sage)
+    check(lab.build_student("SD1.5"))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_tiled_vae(lab, mode):
     student = lab.build_student("SD3")
