@@ -73,8 +73,8 @@ class Trainer(io.ComfyNode):
         judges = [judge] if second_judge is None else [judge, second_judge]
         for one in judges:
             one.judge.check(questions)
-        settings = settings_from(inputs)
         student = student_from(inputs)
+        settings = settings_from(inputs, student.prompts)
         show = Progress(cls.hidden.unique_id, settings.steps)
         show.say(student.size_warning())
         show.say(SAME_JUDGE if second_judge is judge else "")
@@ -95,7 +95,7 @@ class Trainer(io.ComfyNode):
         return io.NodeOutput(lora, history, before, after, Report(run, story), ui=pairs)
 
 
-def settings_from(inputs: SimpleNamespace) -> Settings:
+def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
     """How to train; every prompt is among the held-out pictures."""
     batch = inputs.latent["samples"].shape[0]
     return Settings(
@@ -106,7 +106,7 @@ def settings_from(inputs: SimpleNamespace) -> Settings:
         judge_noise=inputs.judge_noise,
         check_every=inputs.check_every,
         held=inputs.stop_at,
-        check_seeds=max(2, 1 + len(inputs.more_prompts), math.ceil(CHECKED_PICTURES / batch)),
+        check_seeds=max(2, prompts, math.ceil(CHECKED_PICTURES / batch)),
         learn_at=inputs.learn_at,
         accumulate=inputs.accumulate,
         drift_limit=inputs.drift_limit,

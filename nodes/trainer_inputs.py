@@ -21,7 +21,7 @@ def _sockets() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The image model to teach, with the LoRAs and patches it carries."),
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-        io.Conditioning.Input("positive", tooltip="The prompt to train on."),
+        io.Conditioning.Input("positive", tooltip="The prompt to train on; each of a batched one is a prompt."),
         io.Latent.Input("latent", tooltip="Picture size; its batch size is the pictures per step."),
         JudgeType.Input("judge", tooltip="The vision-language model that looks at the pictures."),
         QuestionsType.Input("questions", tooltip="What the judge is asked, and the answers you want."),

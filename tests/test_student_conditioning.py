@@ -195,3 +195,18 @@ def test_prompts_do_not_know_of_each_other(lab, other):
             )
             wanted = student.vae.process_output(student.vae.first_stage_model.decode(latent["samples"]))
             assert torch.allclose(picture, wanted, atol=1e-4)
+
+
+def test_every_row_of_a_batched_conditioning_is_a_prompt(lab):
+    model, one, other = lab.build_model("SD3"), lab.build_conditioning("SD3"), lab.build_conditioning("SD3", seed=2)
+    (tokens, values), (more_tokens, more_values) = one[0], other[0]
+    both = {name: torch.cat([values[name], more_values[name]]) for name in values}
+    batched = [[torch.cat([tokens, more_tokens]), both], *lab.build_conditioning("SD3", seed=3)]
+    student = lab.build_student("SD3", model, positives=[batched])
+    assert student.prompts == 2
+    alone = lab.build_student("SD3", model, positives=[[*other, *lab.build_conditioning("SD3", seed=3)]])
+    drawn = student.run(lambda: student.draw(5, 1), beside=[])
+    assert torch.equal(drawn, alone.run(lambda: alone.draw(5), beside=[]))
+    three = [torch.cat([tokens] * 3), {}]
+    with pytest.raises(ValueError, match="hold 1, 2, 3 prompts"):
+        lab.build_student("SD3", model, positives=[[*batched, three]])

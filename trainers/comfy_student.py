@@ -26,6 +26,7 @@ from .checkpointing import prepare_for_backward
 from .comfy_memory import gradients, load_for_training
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
+from .prompts import single_prompts
 
 Result = TypeVar("Result")
 KEY = "dual_process"
@@ -46,7 +47,7 @@ class ComfyStudent:
     Args:
         model: ComfyUI MODEL; it is cloned, and the weights it shares are bit-identical after ``run``.
         vae: ComfyUI VAE that decodes the model's latents.
-        positives: CONDITIONINGs, one for each prompt to train on.
+        positives: CONDITIONINGs with the prompts to train on; each row of a batched one is a prompt.
         negative: CONDITIONING, or None when ``cfg`` is 1.
         latent: ComfyUI LATENT; its batch size is the number of pictures per step.
         sigmas: noise levels of the schedule, falling, last one 0; shape [steps + 1].
@@ -83,8 +84,9 @@ class ComfyStudent:
         self.model = _static_clone(model)
         self.vae = vae
         self.latent_mask, self.noise_indices = latent.get("noise_mask"), latent.get("batch_index")
-        self.conds = {f"prompt {i}": positive for i, positive in enumerate(positives)}
-        self.prompts = len(positives)
+        prompts = [prompt for positive in positives for prompt in single_prompts(positive)]
+        self.conds = {f"prompt {i}": prompt for i, prompt in enumerate(prompts)}
+        self.prompts = len(prompts)
         if negative is not None:
             self.conds["negative"] = negative
         self.cfg, self.sigmas, self.sampler, self.checkpointed = cfg, sigmas, sampler, checkpointed
