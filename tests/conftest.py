@@ -20,6 +20,7 @@ def comfy(comfyui, tmp_path_factory):
     """The `comfy` package, importable from here on together with ComfyUI's other modules (`nodes`, `folder_paths`)."""
     use_comfyui(tmp_path_factory.mktemp("comfyui_in_process"), comfyui)
     import comfy.model_management
+    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
 
     return comfy
 

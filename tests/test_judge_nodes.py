@@ -23,7 +23,6 @@ def managed(comfy):
 @pytest.fixture
 def nodes(comfy):
     """Ask the Judge and Judge Score, run as ComfyUI runs nodes: in inference mode, as clones with hidden inputs."""
-    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
     from comfy_api.latest import io
 
     from dual_process.nodes.judge import AskJudge, JudgeScore

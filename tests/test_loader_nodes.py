@@ -16,8 +16,6 @@ from dual_process.vlm.question import Question
 @pytest.fixture
 def loaders(comfy, monkeypatch):
     """The module of the loader node, with downloads that only note what they were asked."""
-    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
-
     from dual_process.nodes import loaders
 
     def download(hub_id, root, report):

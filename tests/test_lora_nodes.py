@@ -15,8 +15,6 @@ from dual_process.trainers.lora_file import save_lora
 @pytest.fixture
 def lab(comfy):
     """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
-
     from dual_process.tests import architectures
 
     with torch.inference_mode():

@@ -30,8 +30,6 @@ def clip(comfy):
 @pytest.fixture(scope="module")
 def managed(clip):
     """The node's output for that CLIP, loaded."""
-    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
-
     from dual_process.nodes.native import JudgeFromClip
 
     with torch.inference_mode():
@@ -46,8 +44,6 @@ def judge(managed):
 
 
 def test_there_is_a_node_exactly_where_core_has_the_model(comfy):
-    import utils.extra_config  # noqa: F401
-
     from dual_process.nodes.native import JudgeFromClip, native_nodes
 
     has = importlib.util.find_spec("comfy.text_encoders.qwen3vl") is not None

@@ -46,8 +46,6 @@ class Page(HTMLParser):
 @pytest.fixture
 def lab(comfy):
     """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
-
     from dual_process.tests import architectures
 
     with torch.inference_mode():

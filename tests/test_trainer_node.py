@@ -11,8 +11,6 @@ import torch
 @pytest.fixture
 def trainer(comfy):
     """The module of the node."""
-    import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
-
     from dual_process.nodes import trainer
 
     return trainer
