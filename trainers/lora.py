@@ -45,15 +45,22 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
         pattern: a regular expression searched in each path, e.g. ``attn`` for attention only. Empty: every attention
             and MLP layer of the repeated blocks.
     Raises:
-        ValueError: nothing matches, or the model has no such layers.
+        ValueError: nothing matches, the pattern is none, or the model has no such layers.
     """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"targets: '{pattern}' is no regular expression ({error}). "
+            "Leave the targets empty to adapt attention and MLP layers."
+        ) from error
     targets = {}
     for block_path, block in repeated_blocks(diffusion_model):
         for name, layer in block.named_modules():
             path = f"{block_path}.{name}"
             if not hasattr(layer, "in_features") or any(NOT_ADAPTED.fullmatch(part) for part in path.split(".")):
                 continue
-            if re.search(pattern, path):
+            if wanted.search(path):
                 targets[path] = layer
     if not targets and not pattern:
         raise ValueError(
