@@ -183,7 +183,8 @@ class Progress:
     def end(self, run: Run) -> None:
         """Leave one line on the node: how many steps it took, why it ended, and how the pictures changed by it."""
         skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
-        drift = warning(run.checks[-1].changes, NOTICEABLE) if len(run.checks) > 1 else ""
+        kept = run.checks[-1].changes  # empty when the pictures before training were the best
+        drift = warning(kept, NOTICEABLE) if kept else ""
         changed = f". Pictures got {drift}" if drift else ""
         first, last = run.checks[0].second, run.checks[-1].second
         second = f". Second judge: {percent(first)} before, {percent(last)} after" if last else ""

@@ -218,6 +218,8 @@ def build_vae(name: str):
 class LinearVAE:
     """The part of ComfyUI's VAE that the student uses, decoding every latent pixel to one picture pixel."""
 
+    latent_dim = 2
+
     def __init__(self, channels: int):
         self.latent_channels, self.vae_dtype, self.device = channels, torch.float32, mm.get_torch_device()
         self.first_stage_model = torch.nn.Module()

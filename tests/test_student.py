@@ -282,9 +282,15 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
 
         ComfyStudent(lab.build_model("SD3"), sdxl_vae, [lab.build_conditioning("SD3")], None, lab.build_latent("SD3"),
                      torch.tensor([1.0, 0.0]), None)  # fmt: skip
+    with pytest.raises(ValueError, match="decodes video, but SD3 makes pictures. Connect the VAE"):
+        video_vae = lab.LinearVAE(16)
+        video_vae.latent_dim = 3
+        lab.build_student("SD3", vae=video_vae)
     with pytest.raises(ValueError, match="no negative"):
         lab.build_student("SD3", negative=None)
     with pytest.raises(ValueError, match="no step"):
         lab.build_student("SD3", sigmas=torch.tensor([0.0]))
     with pytest.raises(ValueError, match="matches the LoRA targets 'nonsense'"):
         lab.build_student("SD3", targets="nonsense")
+    with pytest.raises(ValueError, match=r"'\(\[' is no regular expression \(unterminated"):
+        lab.build_student("SD3", targets="([")

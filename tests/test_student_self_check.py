@@ -165,6 +165,16 @@ def test_cached_blocks(lab):
         check(lab.build_student("FLUX dev", model))
 
 
+@pytest.mark.parametrize("threshold, start", [(0.2, 0.15), (3.0, 0.0), (3.0, 0.15)])
+def test_easycache(lab, threshold, start):
+    """It answers later steps from earlier ones; the first step is as it should be."""
+    import comfy_extras.nodes_easycache as cache
+
+    model = cache.EasyCacheNode.execute(lab.build_model("FLUX dev"), threshold, start, 0.95, False).result[0]
+    with pytest.raises(RuntimeError, match="cannot be learned from at sampler step [34] .*Take EasyCache"):
+        check(lab.build_student("FLUX dev", model))
+
+
 @pytest.mark.parametrize("name", ["SD1.5", "SD3", "FLUX dev"])
 def test_layers_that_compute_without_autograd(lab, name):
     """What a dequantising matrix product without backward (GGUF, Nunchaku) does to a bypass LoRA."""

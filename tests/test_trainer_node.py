@@ -53,3 +53,19 @@ def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
     inputs.sampler = comfy.samplers.sampler_object(name)
     plain = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
     assert torch.equal(trainer.noise_levels(inputs), plain)
+
+
+@pytest.mark.parametrize("changes, said", [({}, ""), ({"saturation": -0.3}, ". Pictures got 30% greyer")])
+def test_last_line_on_the_node_also_when_nothing_was_better_than_before(trainer, monkeypatch, changes, said):
+    from dual_process.trainers.dual_process import Check, Run
+    from dual_process.trainers.guards import WORDS
+
+    texts = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))
+    monkeypatch.setattr(trainer.PromptServer, "instance", server, raising=False)
+    same = {**dict.fromkeys(WORDS, 0.0), **changes} if changes else {}
+    before, kept = (Check(step, [0.5], torch.zeros(2, 3, 4, 4), same if step else {}) for step in (0, 20))
+    checks = [before, kept] if changes else [before, kept, before]
+    run = Run(loss=[1.0] * 20, checks=checks, stopped="all steps done")
+    trainer.Progress("7", 20).end(run)
+    assert texts == [f"20 steps: all steps done{said}"]

@@ -101,11 +101,15 @@ class ComfyStudent:
                 start_from(self.lora, start, self.model.model)
 
     def _check_vae(self) -> None:
-        wanted = self.model.get_model_object("latent_format").latent_channels
-        if self.vae.latent_channels != wanted:
+        made, maker = self.model.get_model_object("latent_format"), type(self.model.model).__name__
+        if self.vae.latent_channels != made.latent_channels:
             raise ValueError(
                 f"The VAE decodes latents of {self.vae.latent_channels} channels, but "
-                f"{type(self.model.model).__name__} makes {wanted}. Connect the VAE that belongs to the model."
+                f"{maker} makes {made.latent_channels}. Connect the VAE that belongs to the model."
+            )
+        if self.vae.latent_dim == 3 and made.latent_dimensions == 2:
+            raise ValueError(
+                f"The VAE decodes video, but {maker} makes pictures. Connect the VAE that belongs to the model."
             )
         probe = torch.tensor([0.25, 0.5, 0.75])
         low, middle, high = self.vae.process_output(probe.clone()).tolist()
