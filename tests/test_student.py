@@ -292,5 +292,5 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
         lab.build_student("SD3", sigmas=torch.tensor([0.0]))
     with pytest.raises(ValueError, match="matches the LoRA targets 'nonsense'"):
         lab.build_student("SD3", targets="nonsense")
-    with pytest.raises(ValueError, match=r"'\(\[' is no regular expression \(unterminated"):
+    with pytest.raises(ValueError, match=r"'\(\[' are no regular expression \(unterminated"):
         lab.build_student("SD3", targets="([")
