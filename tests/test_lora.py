@@ -93,7 +93,13 @@ def test_every_file_gets_a_new_name(tmp_path):
         assert torch.equal(file.get_tensor("diffusion_model.x.lora_A.weight"), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("prefix", ["", "../outside", "/outside", "a/../../outside", "folder/.."])
+@pytest.mark.parametrize("prefix", ["", "../outside", "/outside", "a/../../outside", "folder/..", "a\0b"])
 def test_no_file_outside_the_loras_folder(tmp_path, prefix):
     with pytest.raises(ValueError, match="is no file name inside"):
         new_lora_path(tmp_path / "loras", prefix)
+
+
+def test_a_name_longer_than_files_can_have(tmp_path):
+    with pytest.raises(ValueError, match="longer than 200 bytes"):
+        new_lora_path(tmp_path, "dual_process/" + "ä" * 101)
+    save_lora({"x": torch.ones(1)}, new_lora_path(tmp_path, "ä" * 100))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dual_process.tiny import oracles, scenes
+from dual_process.tiny.pictures import DISTURBANCES, PLAIN
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 
 TINY = Path(oracles.__file__).parent
@@ -25,14 +26,14 @@ def student(comfy):
     return model, load_tiny_clip(TEXT_ENCODER), vae
 
 
-def draw(student, prompt, steps=4, count=COUNT, seed=0):
+def draw(student, prompt, steps=4, count=COUNT, seed=0, **part):
     import nodes
 
     model, clip, vae = student
     positive = nodes.CLIPTextEncode().encode(clip, prompt)[0]
     latent = {"samples": torch.zeros(count, 16, 8, 8)}
     with torch.inference_mode():
-        drawn = nodes.common_ksampler(model, seed, steps, 1.0, "euler", "simple", positive, positive, latent)[0]
+        drawn = nodes.common_ksampler(model, seed, steps, 1.0, "euler", "simple", positive, positive, latent, **part)[0]
         return nodes.VAEDecode().decode(vae, drawn)[0].movedim(-1, 1)
 
 
@@ -103,15 +104,38 @@ def answers(judge, images, question):
     return logits[:, yes] > logits[:, no]
 
 
-def test_judge_answers_both_wordings(judge):
-    u = torch.rand(COUNT, 8, generator=torch.Generator().manual_seed(6))
-    images = scenes.render(u)
+def scenes_disturbed_by(disturb):
+    g = torch.Generator().manual_seed(6)
+    u = torch.rand(COUNT, 8, generator=g)
+    return u, disturb(scenes.render(u), g)
+
+
+@pytest.mark.parametrize("disturb", [lambda images, g: images, *DISTURBANCES.values()], ids=["clean", *DISTURBANCES])
+def test_judge_answers_both_wordings(judge, disturb):
+    u, images = scenes_disturbed_by(disturb)
     clear = (2 * u[:, :4] - 1).abs() > scenes.GAP_SHARE
     for j, name in enumerate(scenes.PROPERTIES):
         for question, wanted in zip(QUESTIONS[name], (u[:, j] > 0.5, u[:, j] < 0.5), strict=True):
             right = (answers(judge, images, question) == wanted)[clear[:, j]]
             assert right.float().mean() >= 0.97, question
     assert answers(judge, images, KEEP_QUESTION).float().mean() >= 0.97
+
+
+@pytest.mark.parametrize("steps", (1, 2))
+def test_judge_reads_half_denoised_pictures(student, judge, steps):
+    """What x0 looks like early in the schedule."""
+    for name in scenes.PROPERTIES:
+        for value, question in zip((True, False), QUESTIONS[name], strict=True):
+            prompt = scenes.prompt_for({name: value})
+            images = draw(student, prompt, count=16, last_step=steps, force_full_denoise=True)
+            assert answers(judge, images, question).float().mean() >= 0.93, question
+
+
+@pytest.mark.parametrize("ruin", PLAIN.values(), ids=PLAIN)
+def test_judge_says_no_to_ruins(judge, ruin):
+    _, images = scenes_disturbed_by(lambda images, g: torch.cat([ruin(part, g) for part in images.split(8)]))
+    for question in [question for pair in QUESTIONS.values() for question in pair] + [KEEP_QUESTION]:
+        assert answers(judge, images, question).float().mean() <= 0.1, question
 
 
 def test_judge_speaks_and_stops(judge):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 VERSION = "0.1.0"
+LONGEST_NAME = 200  # bytes; file systems take 255, of which the number and the ending need some
 
 
 class TrainedLoRA(dict[str, Tensor]):
@@ -25,11 +26,12 @@ def file_start(root: Path, prefix: str) -> Path:
     """``<root>/<prefix>``: the folder and the beginning of the name of files to come.
 
     Raises:
-        ValueError: ``prefix`` is empty or leads out of ``root``.
+        ValueError: ``prefix`` is empty, leads out of ``root``, or is no name that can be written.
     """
-    start = (root / prefix).resolve()
-    if root.resolve() not in start.parents:
+    if "\0" in prefix or root.resolve() not in (start := (root / prefix).resolve()).parents:
         raise ValueError(f"'{prefix}' is no file name inside {root}. Use something like 'dual_process/horizon'.")
+    if len(start.name.encode()) > LONGEST_NAME:
+        raise ValueError(f"The file name '{start.name[:20]}…' is longer than {LONGEST_NAME} bytes. Choose a shorter one.")
     return start
 
 
