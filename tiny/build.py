@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ..demo.comfyui import use_comfyui
 from . import build_judge, build_student, build_vae
 from .check import check_judge, check_student
-from .training import import_comfy, save
+from .training import save
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the stages' files, kept (default: OUT/build)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    import_comfy(options.device)
-    report = build(options.out, options.work or options.out / "build", options.device, options.quick)
+    work = options.work or options.out / "build"
+    use_comfyui(work / "comfyui")
+    from comfy.cli_args import args
+
+    args.cpu = options.device == "cpu"
+    report = build(options.out, work, options.device, options.quick)
     print(json.dumps(report, indent=2))
 
 

@@ -1,32 +1,14 @@
-"""What the three training scripts share: ComfyUI's import, a schedule, averaged weights, saving."""
+"""What the three training scripts share: a schedule, averaged weights, saving."""
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-log = logging.getLogger(__name__)
-
-
-def import_comfy(device: str) -> None:
-    """Prepare ComfyUI's `comfy` package, which must be importable (PYTHONPATH), for the CPU or a GPU."""
-    try:
-        import comfy.options
-    except ImportError as error:
-        raise ImportError("the bundled models are built with ComfyUI's own classes: "
-                          "put the ComfyUI folder on PYTHONPATH") from error
-    arguments, sys.argv = sys.argv, [sys.argv[0]] + (["--cpu"] if device == "cpu" else [])
-    comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401  reads sys.argv once
-
-    sys.argv = arguments
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
