@@ -21,11 +21,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--sampler-steps", type=int, nargs="+", default=[4, 20])
     parser.add_argument("--taught", nargs="+", default=["horizon Yes", "line No"], help="property and answer")
+    parser.add_argument("--learn-at", nargs="+", choices=LEARN_AT, default=LEARN_AT)
     arguments = parser.parse_args()
     laboratory, rows = Laboratory(), []
     for taught in arguments.taught:
         about, answer = taught.split()
-        for sampler_steps, learn_at in itertools.product(arguments.sampler_steps, LEARN_AT):
+        for sampler_steps, learn_at in itertools.product(arguments.sampler_steps, arguments.learn_at):
             settings = replace(TEMPLATE, learn_at=learn_at)
             if learn_at == FRESH_NOISE:
                 settings = replace(settings, accumulate=2, steps=settings.steps // 2)

@@ -249,6 +249,19 @@ def test_a_bad_file_name_is_refused_before_the_training(client, teach):
             client.run(graph)
 
 
+def test_a_bad_file_name_in_the_front_end_costs_no_training(client, teach):
+    """The front end queues such a graph all the same, and ComfyUI runs what is right in it."""
+    graph, known, events = teach(seed=55, steps=1), loras(client), []
+    trainer, keeper = (nodes_of(graph, kind)[0] for kind in ("DualProcessTrainer", "DualProcessSaveLoRA"))
+    right = graph[keeper]["inputs"]["filename_prefix"]
+    graph[keeper]["inputs"]["filename_prefix"] = "../outside"
+    assert keeper in json.loads(client.post("/prompt", {"prompt": graph, "client_id": client.client_id}))["node_errors"]
+    graph[keeper]["inputs"]["filename_prefix"] = right
+    client.run(graph, events.append)
+    cached = [event["data"]["nodes"] for event in events if event["type"] == "execution_cached"]
+    assert trainer in cached[-1] and len(loras(client) - known) == 1
+
+
 def test_a_file_name_from_another_node_is_checked_when_it_is_known(client, teach):
     graph = teach(seed=54, steps=1)
     (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")
