@@ -76,7 +76,7 @@ def make_trainable_through(root: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and _refused_by_autograd(parameter):
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                    copies[id(parameter)] = nn.Parameter(_copy(parameter), requires_grad=False)
                 module._parameters[name] = copies[id(parameter)]
         _copy_tensors(module._buffers)
         _copy_tensors(vars(module))
@@ -88,7 +88,11 @@ def make_trainable_through(root: nn.Module) -> None:
 def _copy_tensors(values: dict) -> None:
     for name, value in values.items():
         if isinstance(value, Tensor) and _refused_by_autograd(value):
-            values[name] = value.detach().clone()
+            values[name] = _copy(value)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(tensor.device, copy=True)  # tensors of GGUF files answer clone() with themselves
 
 
 def _refused_by_autograd(tensor: Tensor) -> bool:
