@@ -1,4 +1,4 @@
-"""GGUF files through the loader that people use: city96/ComfyUI-GGUF, its folder in GGUF_PACK, and `pip install gguf`."""
+"""GGUF files through the loader that people use, city96/ComfyUI-GGUF: its folder in GGUF_PACK, and `gguf` from PyPI."""
 
 from __future__ import annotations
 

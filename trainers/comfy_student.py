@@ -20,6 +20,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.sd import VAE
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from .checkpointing import prepare_for_backward
@@ -138,6 +139,8 @@ class ComfyStudent:
             beside: further models (the judge) to keep on the device together with model and VAE.
         """
         patched = self.model
+        # Compiled code is of the model without LoRA, and of the user's copy of it where ours has weights of its own.
+        patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         options = patched.model_options.setdefault("transformer_options", {})
         options["optimized_attention_override"] = lambda f, *args, **kwargs: attention_pytorch(*args, **kwargs)
 
