@@ -89,11 +89,33 @@ def test_memory_that_moves_while_the_model_runs(lab):
 
     stock = lab.build_model("SD3")
     model = Dynamic(stock.model, stock.load_device, stock.offload_device)
-    with pytest.raises(ValueError, match=f"{STOCK}, or start ComfyUI with --disable-dynamic-vram"):
+    with pytest.raises(ValueError, match=f"loader of SD3 .*{STOCK}, .*or start ComfyUI with --disable-dynamic-vram"):
         lab.build_student("SD3", model)
     model.cached_patcher_init = (lambda name, disable_dynamic: lab.build_model(name), ("SD3",))  # as stock loaders do
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     student = lab.build_student("SD3", TorchCompileModel.execute(model, "eager").result[0])
     assert not student.model.is_dynamic()
+    student.run(lambda: check_gradients(student), beside=[])
+
+
+def test_a_vae_whose_memory_moves(lab):
+    """As Load VAE makes it on a GPU; it is read anew, in the format of its file."""
+    from comfy.model_patcher import ModelPatcher
+
+    if "disable_dynamic" not in inspect.signature(ModelPatcher.clone).parameters:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+
+    class Dynamic(ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    vae, file = lab.LinearVAE(16), lab.LinearVAE(16)
+    file.first_stage_model.double()
+    vae.patcher = Dynamic(vae.first_stage_model, vae.device, vae.device)
+    with pytest.raises(ValueError, match="loader of Module cannot.*Load VAE"):
+        lab.build_student("SD3", vae=vae)
+    vae.patcher.cached_patcher_init = (lambda disable_dynamic: file.patcher, ())
+    student = lab.build_student("SD3", vae=vae)
+    assert not student.decoder.is_dynamic()
     student.run(lambda: check_gradients(student), beside=[])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 
 import comfy.model_management as mm
@@ -46,6 +47,23 @@ def gradients():
             yield
     finally:
         mm.in_training = before
+
+
+def static_clone(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone whose weights stay where they are while it runs, which newer ComfyUIs do not promise of every model.
+
+    Raises:
+        ValueError: the model's loader cannot make one.
+    """
+    if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
+        return patcher.clone()
+    if patcher.is_dynamic() and patcher.cached_patcher_init is None:
+        raise ValueError(
+            f"The loader of {type(patcher.model).__name__} cannot give its weights a fixed place, which training "
+            "needs. Load it with Load Diffusion Model or Load Checkpoint, Load CLIP or Load VAE (no TAESD), or start "
+            "ComfyUI with --disable-dynamic-vram."
+        )
+    return patcher.clone(disable_dynamic=True)
 
 
 def load_for_training(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
