@@ -76,6 +76,16 @@ def test_a_model_without_layers_to_adapt(lab):
         lab.build_student("FLUX schnell", model)
 
 
+def test_layers_of_packed_weights(lab):
+    """Nunchaku's Qwen-Image: blocks where ComfyUI has them, of layers whose kernels have no backward."""
+    model = lab.build_model("Qwen-Image")
+    for layer in model.model.diffusion_model.transformer_blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.qweight = layer._parameters.pop("weight")
+    with pytest.raises(ValueError, match=f"no LoRA trains on.*Nunchaku.*{STOCK}"):
+        lab.build_student("Qwen-Image", model)
+
+
 def test_memory_that_moves_while_the_model_runs(lab):
     """ComfyUI's dynamic VRAM exists on a GPU only, so its MODEL is imitated."""
     from comfy.model_patcher import ModelPatcher
