@@ -29,9 +29,10 @@ class JudgeFromClip(io.ComfyNode):
 
         if not isinstance(clip.cond_stage_model, Qwen3VLTEModel):
             raise ValueError("This CLIP is no judge: load a Qwen3-VL file with Load CLIP, or use VLM Judge Loader.")
-        clip = clip.clone()
-        clip.patcher = static_clone(clip.patcher)
-        clip.cond_stage_model = clip.patcher.model
+        if clip.is_dynamic():
+            patcher, clip = static_clone(clip.patcher), clip.clone()
+            clip.patcher = patcher
+            clip.cond_stage_model = clip.patcher.model
         return io.NodeOutput(ManagedJudge(NativeJudge(clip), clip.patcher))
 
 
