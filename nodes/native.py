@@ -4,7 +4,7 @@ import importlib.util
 
 from comfy_api.latest import io
 
-from ..trainers.comfy_memory import ManagedJudge
+from ..trainers.comfy_memory import ManagedJudge, static_clone
 from ..vlm.native import NativeJudge
 from .types import CATEGORY, JudgeType
 
@@ -29,6 +29,10 @@ class JudgeFromClip(io.ComfyNode):
 
         if not isinstance(clip.cond_stage_model, Qwen3VLTEModel):
             raise ValueError("This CLIP is no judge: load a Qwen3-VL file with Load CLIP, or use VLM Judge Loader.")
+        if clip.is_dynamic():
+            patcher, clip = static_clone(clip.patcher), clip.clone()
+            clip.patcher = patcher
+            clip.cond_stage_model = clip.patcher.model
         return io.NodeOutput(ManagedJudge(NativeJudge(clip), clip.patcher))
 
 

@@ -24,15 +24,21 @@ def lab(comfy):
 
 
 def test_compiled_by_the_stock_node(lab):
-    """With the backend that runs what torch.compile has traced; the others need a compiler or a GPU."""
+    """It is trained as it was before the node, which compiles for minutes; what was compiled stays the user's."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
     from torch._dynamo.utils import counters
 
-    model = TorchCompileModel.execute(lab.build_model("FLUX schnell"), "eager").result[0]
-    student = lab.build_student("FLUX schnell", model)
+    # The backend that runs what torch.compile has traced; the others need a compiler or a GPU.
+    model = TorchCompileModel.execute(lab.build_model("SD3"), "eager").result[0]
+    counters.clear()
+    before = lab.sample(model, "SD3")
+    assert counters["frames"]["ok"] > 0
+    student = lab.build_student("SD3", model, vae=lab.LinearVAE(16))
     counters.clear()
     student.run(lambda: check_gradients(student), beside=[])
-    assert counters["frames"]["ok"] > 0
+    assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
+    assert not counters["frames"]
+    assert torch.equal(lab.sample(model, "SD3"), before)
 
 
 class Dequantised(nn.Module):
@@ -70,6 +76,16 @@ def test_a_model_without_layers_to_adapt(lab):
         lab.build_student("FLUX schnell", model)
 
 
+def test_layers_of_packed_weights(lab):
+    """Nunchaku's Qwen-Image: blocks where ComfyUI has them, of layers whose kernels have no backward."""
+    model = lab.build_model("Qwen-Image")
+    for layer in model.model.diffusion_model.transformer_blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.qweight = layer._parameters.pop("weight")
+    with pytest.raises(ValueError, match=f"no LoRA trains on.*Nunchaku.*{STOCK}"):
+        lab.build_student("Qwen-Image", model)
+
+
 def test_memory_that_moves_while_the_model_runs(lab):
     """ComfyUI's dynamic VRAM exists on a GPU only, so its MODEL is imitated."""
     from comfy.model_patcher import ModelPatcher
@@ -83,7 +99,33 @@ def test_memory_that_moves_while_the_model_runs(lab):
 
     stock = lab.build_model("SD3")
     model = Dynamic(stock.model, stock.load_device, stock.offload_device)
-    with pytest.raises(ValueError, match=f"{STOCK}, or start ComfyUI with --disable-dynamic-vram"):
+    with pytest.raises(ValueError, match=f"loader of SD3 .*{STOCK}, .*or start ComfyUI with --disable-dynamic-vram"):
         lab.build_student("SD3", model)
     model.cached_patcher_init = (lambda name, disable_dynamic: lab.build_model(name), ("SD3",))  # as stock loaders do
-    assert not lab.build_student("SD3", model).model.is_dynamic()
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    student = lab.build_student("SD3", TorchCompileModel.execute(model, "eager").result[0])
+    assert not student.model.is_dynamic()
+    student.run(lambda: check_gradients(student), beside=[])
+
+
+def test_a_vae_whose_memory_moves(lab):
+    """As Load VAE makes it on a GPU; it is read anew, in the format of its file."""
+    from comfy.model_patcher import ModelPatcher
+
+    if "disable_dynamic" not in inspect.signature(ModelPatcher.clone).parameters:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+
+    class Dynamic(ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    vae, file = lab.LinearVAE(16), lab.LinearVAE(16)
+    file.first_stage_model.double()
+    vae.patcher = Dynamic(vae.first_stage_model, vae.device, vae.device)
+    with pytest.raises(ValueError, match="loader of Module cannot.*Load VAE"):
+        lab.build_student("SD3", vae=vae)
+    vae.patcher.cached_patcher_init = (lambda disable_dynamic: file.patcher, ())
+    student = lab.build_student("SD3", vae=vae)
+    assert not student.decoder.is_dynamic()
+    student.run(lambda: check_gradients(student), beside=[])

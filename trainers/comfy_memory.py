@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 
 import comfy.model_management as mm
@@ -48,6 +49,23 @@ def gradients():
         mm.in_training = before
 
 
+def static_clone(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone whose weights stay where they are while it runs, which newer ComfyUIs do not promise of every model.
+
+    Raises:
+        ValueError: the model's loader cannot make one.
+    """
+    if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
+        return patcher.clone()
+    if patcher.is_dynamic() and patcher.cached_patcher_init is None:
+        raise ValueError(
+            f"The loader of {type(patcher.model).__name__} cannot give its weights a fixed place, which training "
+            "needs. Load it with Load Diffusion Model or Load Checkpoint, Load CLIP or Load VAE (no TAESD), or start "
+            "ComfyUI with --disable-dynamic-vram."
+        )
+    return patcher.clone(disable_dynamic=True)
+
+
 def load_for_training(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
     """Load all models together, whole, so that none evicts another, frozen and free of inference tensors.
 
@@ -76,7 +94,7 @@ def make_trainable_through(root: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and _refused_by_autograd(parameter):
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                    copies[id(parameter)] = nn.Parameter(_copy(parameter), requires_grad=False)
                 module._parameters[name] = copies[id(parameter)]
         _copy_tensors(module._buffers)
         _copy_tensors(vars(module))
@@ -88,7 +106,11 @@ def make_trainable_through(root: nn.Module) -> None:
 def _copy_tensors(values: dict) -> None:
     for name, value in values.items():
         if isinstance(value, Tensor) and _refused_by_autograd(value):
-            values[name] = value.detach().clone()
+            values[name] = _copy(value)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(tensor.device, copy=True)  # tensors of GGUF files answer clone() with themselves
 
 
 def _refused_by_autograd(tensor: Tensor) -> bool:

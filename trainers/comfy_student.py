@@ -20,10 +20,11 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.sd import VAE
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from .checkpointing import prepare_for_backward
-from .comfy_memory import gradients, load_for_training
+from .comfy_memory import gradients, load_for_training, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .prompts import single_prompts
@@ -81,8 +82,9 @@ class ComfyStudent:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
-        self.model = _static_clone(model)
-        self.vae = vae
+        self.model = static_clone(model)
+        self.vae, self.decoder = vae, static_clone(vae.patcher)
+        self.decoder.model.to(vae.vae_dtype)  # ComfyUI reads a clone anew in the file's format
         self.latent_mask, self.noise_indices = latent.get("noise_mask"), latent.get("batch_index")
         prompts = [prompt for positive in positives for prompt in single_prompts(positive)]
         self.conds = {f"prompt {i}": prompt for i, prompt in enumerate(prompts)}
@@ -138,6 +140,8 @@ class ComfyStudent:
             beside: further models (the judge) to keep on the device together with model and VAE.
         """
         patched = self.model
+        # Compiled code is of the model without LoRA, and of the user's copy of it where ours has weights of its own.
+        patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         options = patched.model_options.setdefault("transformer_options", {})
         options["optimized_attention_override"] = lambda f, *args, **kwargs: attention_pytorch(*args, **kwargs)
 
@@ -147,7 +151,7 @@ class ComfyStudent:
             extra += model.get_nested_additional_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
-            load_for_training([model, self.vae.patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
+            load_for_training([model, self.decoder, *beside, *extra], int(memory * TRAINING_MEMORY))
             self._all_conds = conds
             return model.model, self._conds_of_a_draw(0), extra
 
@@ -221,7 +225,7 @@ class ComfyStudent:
         latent = latent.to(self.vae.device, self.vae.vae_dtype)
         if latent.ndim == 4 and latent.device.type == "cpu":
             latent = latent.contiguous(memory_format=torch.channels_last)  # oneDNN convolves a quarter faster this way
-        pixels = self.vae.first_stage_model.decode(latent).float()
+        pixels = self.decoder.model.decode(latent).float()
         if pixels.ndim == 5:
             pixels = pixels.transpose(1, 2).flatten(0, 1)
         return pixels * self._gain + self._offset
@@ -263,18 +267,6 @@ class _Loop(comfy.samplers.Sampler):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
-
-
-def _static_clone(model: ModelPatcher) -> ModelPatcher:
-    """A clone whose weights stay where they are while it runs, which newer ComfyUIs do not promise of every MODEL."""
-    if "disable_dynamic" not in inspect.signature(model.clone).parameters:
-        return model.clone()
-    if model.is_dynamic() and model.cached_patcher_init is None:
-        raise ValueError(
-            "This MODEL's loader cannot give its weights a fixed place, which training needs. Load the model with Load "
-            "Diffusion Model or Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
-        )
-    return model.clone(disable_dynamic=True)
 
 
 def _computes_in_fp16(model) -> bool:

@@ -58,7 +58,8 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
     for block_path, block in repeated_blocks(diffusion_model):
         for name, layer in block.named_modules():
             path = f"{block_path}.{name}"
-            if not hasattr(layer, "in_features") or any(NOT_ADAPTED.fullmatch(part) for part in path.split(".")):
+            linear = hasattr(layer, "in_features") and hasattr(layer, "weight")  # Nunchaku's has a qweight
+            if not linear or any(NOT_ADAPTED.fullmatch(part) for part in path.split(".")):
                 continue
             if wanted.search(path):
                 targets[path] = layer
