@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -96,6 +98,23 @@ def users_lora(lab, name: str) -> dict:
     return {"model": comfy.sd.load_lora_for_models(model, None, lora.export(), 1.0, 0)[0]}
 
 
+def diffsynth_controlnet(lab, name: str) -> dict:
+    """A model patch with weights of its own, which writes into what the blocks return."""
+    import comfy.ops
+    from comfy.model_patcher import ModelPatcher
+    from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet, QwenImageDiffsynthControlnet
+
+    network = QwenImageBlockWiseControlNet(2, dim=64, operations=comfy.ops.manual_cast)
+    lab.randomise(network, seed=11)
+    patch = ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
+    vae = SimpleNamespace(
+        encode=lambda image: torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(13)),
+        spacial_compression_encode=lambda: 8,
+    )
+    image, node = torch.rand(1, 64, 64, 3), QwenImageDiffsynthControlnet()
+    return {"model": node.diffsynth_controlnet(lab.build_model(name), patch, vae, image, 1.0)[0]}
+
+
 def flux_guidance(lab, name: str) -> dict:
     import node_helpers
 
@@ -131,6 +150,7 @@ CASES = [
     *((feature, name) for feature in (controlnet, area_and_mask, block_patch, users_lora, inpainting, batch, wide)
       for name in ("SD1.5", "SD3", "FLUX dev")),
     (flux_guidance, "FLUX dev"), (shifted_sampling, "SD3"), (shifted_sampling, "FLUX dev"),
+    (diffsynth_controlnet, "Qwen-Image"),
 ]  # fmt: skip
 
 

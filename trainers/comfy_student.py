@@ -144,7 +144,7 @@ class ComfyStudent:
         def load(executor, model, noise_shape, conds, model_options=None, **kwargs):
             extra, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
             extra += comfy.sampler_helpers.get_additional_models_from_model_options(model_options)
-            extra += model.get_nested_additional_models()
+            extra += model.get_nested_additional_models() + model.model_patches_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
             load_for_training([model, self.vae.patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
@@ -259,7 +259,8 @@ class _Loop(comfy.samplers.Sampler):
         ]  # fmt: skip
         in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
-        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
+        patches = [patch.model for patch in student.model.model_patches_models()]
+        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed, patches):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
