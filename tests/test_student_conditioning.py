@@ -182,6 +182,20 @@ def test_changes_the_picture(lab, feature, name):
     assert (with_it - without).abs().max() > 1e-3 * without.abs().max()
 
 
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
+def test_a_patch_with_tensors_for_drawing_only_is_named(lab, tmp_path, checkpointed):
+    from comfy_extras.nodes_hypernetwork import load_hypernetwork_patch
+
+    path, widths = tmp_path / "style.pt", (32, 64)
+    layers = {width: {"0.weight": torch.eye(width), "0.bias": torch.zeros(width)} for width in widths}
+    torch.save({width: [layer, layer] for width, layer in layers.items()}, path)
+    model = lab.build_model("SD1.5")
+    model.set_model_attn1_patch(load_hypernetwork_patch(str(path), 0.5))
+    student = lab.build_student("SD1.5", model, checkpointed=checkpointed)
+    with pytest.raises(RuntimeError, match=r"^A patch on the MODEL \(nodes_hypernetwork.py, __call__\) holds tensors"):
+        student.run(lambda: student.predict(student.roll(student.noise(1), 1), 1), beside=[])
+
+
 def controlnet_for_both(lab, name: str) -> list:
     """Through the older node, whose ControlNet ComfyUI passes on to the negative prompt."""
     import nodes

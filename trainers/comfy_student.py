@@ -8,8 +8,10 @@ patches, the user's own LoRAs) into a denoised x0, with gradients. The training 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TypeVar
 
 import comfy.sample
@@ -209,8 +211,20 @@ class ComfyStudent:
         return model_sampling.noise_scaling(self._sigmas[k], noise.clone(), x0, False)
 
     def predict(self, x: Tensor, k: int) -> Tensor:
-        """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate)."""
-        return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
+        """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate).
+
+        Raises:
+            RuntimeError: a patch on the MODEL holds tensors that autograd refuses.
+        """
+        try:
+            return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved" not in str(error):
+                raise
+            raise RuntimeError(
+                f"A patch on the MODEL ({_outside_torch(error)}) holds tensors that no gradient passes, for it is made "
+                "for drawing only. Take that node off the model for the training."
+            ) from error
 
     def decode(self, x0: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] of latents, 0..1 by the VAE's own mapping but not clamped, so no gradient dies.
@@ -276,6 +290,12 @@ def _static_clone(model: ModelPatcher) -> ModelPatcher:
             "Diffusion Model or Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
         )
     return model.clone(disable_dynamic=True)
+
+
+def _outside_torch(error: Exception) -> str:
+    """The function of ComfyUI or of a node pack in which torch raised ``error``, as 'file.py, function'."""
+    called = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
+    return f"{Path(called[-1].filename).name}, {called[-1].name}"
 
 
 def _computes_in_fp16(model) -> bool:
