@@ -122,9 +122,11 @@ def flux_guidance(lab, name: str) -> dict:
 
 
 def shifted_sampling(lab, name: str) -> dict:
-    from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
 
     model = lab.build_model(name)
+    if name == "SD1.5":
+        return {"model": ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]}
     if name == "SD3":
         return {"model": ModelSamplingSD3().patch(model, 7.0)[0]}
     return {"model": ModelSamplingFlux().patch(model, 1.5, 0.5, 1024, 1024)[0]}
@@ -149,7 +151,7 @@ def wide(lab, name: str) -> dict:
 CASES = [
     *((feature, name) for feature in (controlnet, area_and_mask, block_patch, users_lora, inpainting, batch, wide)
       for name in ("SD1.5", "SD3", "FLUX dev")),
-    (flux_guidance, "FLUX dev"), (shifted_sampling, "SD3"), (shifted_sampling, "FLUX dev"),
+    *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev")), (flux_guidance, "FLUX dev"),
     (diffsynth_controlnet, "Qwen-Image"),
 ]  # fmt: skip
 
@@ -180,6 +182,28 @@ def test_changes_the_picture(lab, feature, name):
 
     with_it, without = prediction(feature), prediction(nothing)
     assert (with_it - without).abs().max() > 1e-3 * without.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("feature", "name"),
+    [(flux_guidance, "FLUX dev"), *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev"))],
+)
+def test_is_drawn_with_as_ksampler_does(lab, feature, name):
+    import nodes
+
+    vae, negative = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), lab.build_conditioning(name, seed=2)
+
+    def by_ksampler(settings: dict) -> torch.Tensor:
+        model = settings.get("model") or lab.build_model(name)
+        (positive,) = settings.get("positives") or [lab.build_conditioning(name)]
+        latent = lab.build_latent(name)
+        (drawn,) = nodes.common_ksampler(model, 5, 4, 1.5, "euler", "simple", positive, negative, latent)
+        return vae.process_output(vae.first_stage_model.decode(drawn["samples"]))
+
+    student = student_with(lab, feature, name)
+    picture = student.run(lambda: student.draw(5), beside=[])
+    assert torch.allclose(picture, by_ksampler(feature(lab, name)), atol=1e-4)
+    assert (picture - by_ksampler({})).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
