@@ -141,6 +141,21 @@ def test_nothing_is_left_behind_by_cancel_or_error(lab, name, where):
     assert not getattr(mm, "in_training", False)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_comfyui_knows_of_the_training_as_long_as_it_lasts(lab, monkeypatch, before):
+    """Newer ComfyUIs choose differentiable rotary embeddings and norms by it."""
+    import comfy.model_management as mm
+
+    monkeypatch.setattr(mm, "in_training", before, raising=False)
+    student = lab.build_student("FLUX schnell")
+    assert mm.in_training is before
+    assert student.run(lambda: mm.in_training, beside=[]) is True
+    assert mm.in_training is before
+    with pytest.raises(ZeroDivisionError):
+        student.run(lambda: 1 / 0, beside=[])
+    assert mm.in_training is before
+
+
 @pytest.mark.parametrize("name", ["SD3", "SDXL"])
 def test_a_users_lora_is_respected_and_kept(lab, name):
     import comfy.sd

@@ -70,8 +70,9 @@ def test_a_model_without_layers_to_adapt(lab):
         lab.build_student("FLUX schnell", model)
 
 
-def test_memory_that_moves_while_the_model_runs(lab):
-    """ComfyUI's dynamic VRAM exists on a GPU only, so its MODEL is imitated."""
+@pytest.fixture
+def dynamic(lab):
+    """A function that makes a ModelPatcher like one of ComfyUI's dynamic VRAM, which exists on a GPU only."""
     from comfy.model_patcher import ModelPatcher
 
     if "disable_dynamic" not in inspect.signature(ModelPatcher.clone).parameters:
@@ -81,9 +82,25 @@ def test_memory_that_moves_while_the_model_runs(lab):
         def is_dynamic(self):
             return True
 
-    stock = lab.build_model("SD3")
-    model = Dynamic(stock.model, stock.load_device, stock.offload_device)
-    with pytest.raises(ValueError, match=f"{STOCK}, or start ComfyUI with --disable-dynamic-vram"):
+    return lambda stock: Dynamic(stock.model, stock.load_device, stock.offload_device)
+
+
+def test_memory_that_moves_while_the_model_runs(lab, dynamic):
+    model = dynamic(lab.build_model("SD3"))
+    with pytest.raises(ValueError, match=f"This MODEL.*{STOCK}, or start ComfyUI with --disable-dynamic-vram"):
         lab.build_student("SD3", model)
     model.cached_patcher_init = (lambda name, disable_dynamic: lab.build_model(name), ("SD3",))  # as stock loaders do
     assert not lab.build_student("SD3", model).model.is_dynamic()
+
+
+def test_memory_that_moves_while_the_vae_runs(lab, dynamic):
+    """The VAE's gradient needs its weights in place too; what decodes is what was loaded there."""
+    vae, fresh = lab.build_vae("SD3"), lab.build_vae("SD3")
+    vae.patcher = dynamic(vae.patcher)
+    with pytest.raises(ValueError, match="This VAE.*Load VAE .a file. or Load Checkpoint, or start ComfyUI with"):
+        lab.build_student("SD3", vae=vae)
+    vae.patcher.cached_patcher_init = (lambda disable_dynamic: fresh.patcher, ())
+    student = lab.build_student("SD3", vae=vae)
+    vae.first_stage_model.decode = None  # that one's weights move
+    assert not student.vae_patcher.is_dynamic()
+    assert student.run(lambda: student.draw(1), beside=[]).shape == (1, 3, 64, 64)

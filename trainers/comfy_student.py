@@ -38,6 +38,7 @@ FP16_GRADIENT_SCALE = 1024.0  # keeps small gradients from vanishing in half pre
 MADE_FOR = {"SD15": 512, "SD20": 512}  # px a side that a model is made for, by ComfyUI's class; all others: 1024
 TOY = 128  # px a side, below which only toy models draw, such as the bundled one
 TRAINING_MEMORY = 3
+FIXED_PLACE = {"MODEL": "Load Diffusion Model or Load Checkpoint", "VAE": "Load VAE (a file) or Load Checkpoint"}
 
 
 class ComfyStudent:
@@ -83,7 +84,7 @@ class ComfyStudent:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
-        self.model = _static_clone(model)
+        self.model = _static_clone(model, "MODEL")
         self.vae = vae
         self.latent_mask, self.noise_indices = latent.get("noise_mask"), latent.get("batch_index")
         prompts = [prompt for positive in positives for prompt in single_prompts(positive)]
@@ -94,6 +95,7 @@ class ComfyStudent:
         self.cfg, self.sigmas, self.sampler, self.checkpointed = cfg, sigmas, sampler, checkpointed
         self.steps = len(sigmas) - 1
         self._check_vae()
+        self.vae_patcher = _static_clone(vae.patcher, "VAE")
         with gradients():
             fix = comfy.sample.fix_empty_latent_channels
             known = {key: value for key, value in latent.items() if key in inspect.signature(fix).parameters}
@@ -149,7 +151,7 @@ class ComfyStudent:
             extra += model.get_nested_additional_models() + model.model_patches_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
-            load_for_training([model, self.vae.patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
+            load_for_training([model, self.vae_patcher, *beside, *extra], int(memory * TRAINING_MEMORY))
             self._all_conds = conds
             return model.model, self._conds_of_a_draw(0), extra
 
@@ -235,7 +237,7 @@ class ComfyStudent:
         latent = latent.to(self.vae.device, self.vae.vae_dtype)
         if latent.ndim == 4 and latent.device.type == "cpu":
             latent = latent.contiguous(memory_format=torch.channels_last)  # oneDNN convolves a quarter faster this way
-        pixels = self.vae.first_stage_model.decode(latent).float()
+        pixels = self.vae_patcher.model.decode(latent).float()
         if pixels.ndim == 5:
             pixels = pixels.transpose(1, 2).flatten(0, 1)
         return pixels * self._gain + self._offset
@@ -280,14 +282,15 @@ class _Loop(comfy.samplers.Sampler):
         return latent_image
 
 
-def _static_clone(model: ModelPatcher) -> ModelPatcher:
-    """A clone whose weights stay where they are while it runs, which newer ComfyUIs do not promise of every MODEL."""
+def _static_clone(model: ModelPatcher, kind: str) -> ModelPatcher:
+    """A clone whose weights stay where they are while it runs, as backward needs them, which newer ComfyUIs do not
+    promise of every MODEL and VAE."""
     if "disable_dynamic" not in inspect.signature(model.clone).parameters:
         return model.clone()
     if model.is_dynamic() and model.cached_patcher_init is None:
         raise ValueError(
-            "This MODEL's loader cannot give its weights a fixed place, which training needs. Load the model with Load "
-            "Diffusion Model or Load Checkpoint, or start ComfyUI with --disable-dynamic-vram."
+            f"This {kind}'s loader cannot give its weights a fixed place, which training needs. Load it with "
+            f"{FIXED_PLACE[kind]}, or start ComfyUI with --disable-dynamic-vram."
         )
     return model.clone(disable_dynamic=True)
 
