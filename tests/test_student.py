@@ -36,6 +36,24 @@ def test_gradient_from_picture_to_lora(lab, name, checkpointed):
     assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_no_target_is_a_layer_that_steers_unless_it_is_named(lab, name):
+    from dual_process.trainers.lora import lora_targets
+
+    network = lab.build_model(name).model.diffusion_model
+    drawing = set(lora_targets(network))
+    assert set(lora_targets(network, "block|stream|lin|qkv|attn|mlp|ff|feed|proj|to_")) <= drawing
+    assert drawing <= set(lora_targets(network, ".*"))
+
+
+@pytest.mark.parametrize(("name", "targets"), [("FLUX dev", "_mod"), ("SD3", "adaLN"), ("SD1.5", "emb_layers")])
+def test_gradient_of_layers_that_steer(lab, name, targets):
+    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    student = lab.build_student(name, vae=vae, targets=targets)
+    assert all(targets in path for path in student.lora.paths)
+    assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ASKED)
 def test_gradient_from_answer_to_lora(lab, name, checkpointed):
