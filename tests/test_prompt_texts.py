@@ -23,7 +23,7 @@ def test_in_the_order_of_training_each_once_and_nothing_else():
     graph = {
         "clip": {"inputs": {"clip_name": "clip.safetensors", "type": "flux"}},
         "trainer": {"inputs": {"more_prompts": ["more 2", 0], "negative": ["bad", 0], "positive": ["control", 0]}},
-        "control": {"inputs": {"positive": ["guided", 0], "negative": ["bad", 0], "image": ["draft", 0], "strength": 1}},
+        "control": {"inputs": {"positive": ["guided", 0], "negative": ["bad", 0], "image": ["draft", 0]}},
         "guided": {"inputs": {"conditioning": ["flux", 0], "guidance": 3.5}},
         "flux": encoded(clip_l="tags", t5xxl="a sentence", guidance=3.5),
         "bad": encoded(text="ugly"),

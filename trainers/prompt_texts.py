@@ -32,5 +32,5 @@ def _texts(node: Callable[[str], dict], value) -> list[str]:
     if not isinstance(value, list):
         return []
     inputs = node(value[0])["inputs"]
-    names = sorted(filter(HANDED_ON.fullmatch, inputs), key=lambda name: name != "prompts")  # More Prompts' earlier ones
+    names = sorted(filter(HANDED_ON.fullmatch, inputs), key=lambda name: name != "prompts")  # these come before
     return [text for name in names for text in _texts(node, inputs[name])]
