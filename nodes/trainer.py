@@ -21,6 +21,7 @@ from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
 from ..trainers.objective import Objective
+from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
 from .lora import read_lora
@@ -62,7 +63,7 @@ class Trainer(io.ComfyNode):
                 io.Image.Output(display_name="after", tooltip="The same seeds with it."),
                 ReportType.Output(display_name="report", tooltip="What happened, for Run Report."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             is_output_node=True,
         )
 
@@ -87,7 +88,8 @@ class Trainer(io.ComfyNode):
 
         run = student.run(teach, beside=[one.patcher for one in judges])
         show.end(run)
-        story = metadata(run, goal, settings, [one.judge.name for one in judges], student)
+        prompts = prompt_texts(cls.hidden.dynprompt.get_node, cls.hidden.unique_id)
+        story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts)
         lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)

@@ -154,7 +154,7 @@ def _further() -> list[io.Input]:
             "targets",
             default="",
             tooltip="Regular expression for the layers to adapt, for example 'attn'. Empty: attention and MLPs "
-            "of all blocks.",
+            "of all blocks. Modulation layers are adapted only when named, for example 'attn|img_mod'.",
         ),
         io.Boolean.Input(
             "self_check",

@@ -40,6 +40,21 @@ def test_targets_are_attention_and_mlp_of_the_blocks():
         lora_targets(Net(), "cross")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "chosen"),
+    [
+        ("img_mod", ["img_mod"]),
+        ("adaLN", ["adaLN_modulation.1"]),
+        ("qkv|img_mod", ["attn.qkv", "img_mod"]),
+        ("blocks", ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"]),
+        (r"blocks\.\d+\.", ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"]),
+        (".*", ["attn.qkv", "attn.proj", "mlp.0", "mlp.2", "adaLN_modulation.1", "img_mod"]),
+    ],
+)
+def test_layers_that_steer_are_adapted_only_when_named(pattern, chosen):
+    assert list(lora_targets(Net(), pattern)) == [f"blocks.{i}.{name}" for i in (0, 1) for name in chosen]
+
+
 @pytest.mark.parametrize("pattern", ["*attn", "attn["])
 def test_targets_that_are_no_pattern_are_said_to_be_none(pattern):
     with pytest.raises(ValueError, match="are no regular expression.*for example 'attn'"):

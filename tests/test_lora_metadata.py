@@ -36,8 +36,9 @@ def read_back(lab, name: str, folder: Path) -> tuple[dict[str, str], object]:
     goal = Objective([Question("Is the line thick?"), Question("Is it night?", "No", weight=2.0)])
     settings = Settings(steps=2, check_every=0, check_seeds=1, seed=11, learning_rate=3e-4)
     run = student.run(lambda: train(student, judge.judge, goal, settings, lambda *_: None), [judge.patcher])
+    header = metadata(run, goal, settings, [judge.judge.name], student, ["a line", "night"])
     path = new_lora_path(folder, "lines/thick")
-    save_lora(TrainedLoRA(student.lora.export(), metadata(run, goal, settings, [judge.judge.name], student)), path)
+    save_lora(TrainedLoRA(student.lora.export(), header), path)
     with safe_open(path, "pt") as file:
         return file.metadata(), run
 
@@ -66,6 +67,7 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
     assert story["version"] == VERSION
     asked = {"text": "Is it night?", "answer": "No", "weight": 2.0, "keep": False, "guide": None}
     assert story["questions"][1] == asked
+    assert story["prompt_texts"] == ["a line", "night"]
     assert (story["prompts"], story["steps_done"], story["alpha"]) == (3, 2, 8.0)
     assert (story["judge"], story["model"]) == ("tiny random judge", "SDXL")
     assert story["second_judge"] is None and story["second_judge_scores_after"] == []

@@ -71,7 +71,7 @@ def told(lab):
         loop = lambda: train(student, judge.judge, goal, settings, lambda *_: None, other)  # noqa: E731
         run = student.run(loop, [judge.patcher])
         names = [judge.judge.name, "second & judge"] if second else [judge.judge.name]
-        return run, Report(run, metadata(run, goal, settings, names, student))
+        return run, Report(run, metadata(run, goal, settings, names, student, ["a <b>line</b>", "night"]))
 
     return report
 
@@ -85,7 +85,8 @@ def test_the_page_is_whole_loads_nothing_and_tells_what_happened(told):
     assert read.loaded and all(value.startswith("data:image/jpeg;base64,") for value in read.loaded)
     assert "url(" not in page(report) and "@import" not in page(report)
     assert read.tags.count("img") == 2 * len(run.checks[0].pictures)
-    for words in (TEXT, "Is it night?", "keep", "2.5", "judge <1>", "second & judge", run.stopped, "learning_rate"):
+    told_of = (TEXT, "Is it night?", "keep", "2.5", "judge <1>", "second & judge", run.stopped, "learning_rate")
+    for words in (*told_of, "a <b>line</b>; night"):
         assert words in read.text, words
     for judge in (run.checks[0].scores, run.checks[-1].scores, run.checks[0].second, run.checks[-1].second):
         assert f"{judge[1]:.1%}" in read.text

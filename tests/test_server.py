@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from dual_process.demo.client import PromptFailed, PromptInterrupted, PromptRejected
 from dual_process.demo.templates import templates
@@ -187,6 +188,9 @@ def test_template_trains_shows_progress_and_saves(client, server, teach):
     assert any(event["type"] == "progress" and event["data"]["node"] == trainer for event in events)
     assert any(event["type"] == "binary" for event in events), "no live preview was sent"
     assert all(outputs[node_id]["images"] for node_id in nodes_of(graph, "PreviewImage"))
+    with safe_open(server.base / "models" / "loras" / new, "pt") as file:
+        story = json.loads(file.metadata()["dual_process"])
+    assert story["prompt_texts"] == ["a landscape with two balls"]
 
 
 def test_second_queue_is_cached_and_another_seed_gets_a_new_file(client, teach):

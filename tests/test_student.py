@@ -36,6 +36,24 @@ def test_gradient_from_picture_to_lora(lab, name, checkpointed):
     assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_no_target_is_a_layer_that_steers_unless_it_is_named(lab, name):
+    from dual_process.trainers.lora import lora_targets
+
+    network = lab.build_model(name).model.diffusion_model
+    drawing = set(lora_targets(network))
+    assert set(lora_targets(network, "block|stream|lin|qkv|attn|mlp|ff|feed|proj|to_")) <= drawing
+    assert drawing <= set(lora_targets(network, ".*"))
+
+
+@pytest.mark.parametrize(("name", "targets"), [("FLUX dev", "_mod"), ("SD3", "adaLN"), ("SD1.5", "emb_layers")])
+def test_gradient_of_layers_that_steer(lab, name, targets):
+    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    student = lab.build_student(name, vae=vae, targets=targets)
+    assert all(targets in path for path in student.lora.paths)
+    assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ASKED)
 def test_gradient_from_answer_to_lora(lab, name, checkpointed):
@@ -139,6 +157,21 @@ def test_nothing_is_left_behind_by_cancel_or_error(lab, name, where):
     assert torch.equal(lab.sample(model, name), before)
     assert not any("forward" in vars(module) for module in model.model.modules())
     assert not getattr(mm, "in_training", False)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_comfyui_knows_of_the_training_as_long_as_it_lasts(lab, monkeypatch, before):
+    """Newer ComfyUIs choose differentiable rotary embeddings and norms by it."""
+    import comfy.model_management as mm
+
+    monkeypatch.setattr(mm, "in_training", before, raising=False)
+    student = lab.build_student("FLUX schnell")
+    assert mm.in_training is before
+    assert student.run(lambda: mm.in_training, beside=[]) is True
+    assert mm.in_training is before
+    with pytest.raises(ZeroDivisionError):
+        student.run(lambda: 1 / 0, beside=[])
+    assert mm.in_training is before
 
 
 @pytest.mark.parametrize("name", ["SD3", "SDXL"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -96,6 +98,23 @@ def users_lora(lab, name: str) -> dict:
     return {"model": comfy.sd.load_lora_for_models(model, None, lora.export(), 1.0, 0)[0]}
 
 
+def diffsynth_controlnet(lab, name: str) -> dict:
+    """A model patch with weights of its own, which writes into what the blocks return."""
+    import comfy.ops
+    from comfy.model_patcher import ModelPatcher
+    from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet, QwenImageDiffsynthControlnet
+
+    network = QwenImageBlockWiseControlNet(2, dim=64, operations=comfy.ops.manual_cast)
+    lab.randomise(network, seed=11)
+    patch = ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
+    vae = SimpleNamespace(
+        encode=lambda image: torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(13)),
+        spacial_compression_encode=lambda: 8,
+    )
+    image, node = torch.rand(1, 64, 64, 3), QwenImageDiffsynthControlnet()
+    return {"model": node.diffsynth_controlnet(lab.build_model(name), patch, vae, image, 1.0)[0]}
+
+
 def flux_guidance(lab, name: str) -> dict:
     import node_helpers
 
@@ -103,9 +122,11 @@ def flux_guidance(lab, name: str) -> dict:
 
 
 def shifted_sampling(lab, name: str) -> dict:
-    from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
 
     model = lab.build_model(name)
+    if name == "SD1.5":
+        return {"model": ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]}
     if name == "SD3":
         return {"model": ModelSamplingSD3().patch(model, 7.0)[0]}
     return {"model": ModelSamplingFlux().patch(model, 1.5, 0.5, 1024, 1024)[0]}
@@ -130,7 +151,8 @@ def wide(lab, name: str) -> dict:
 CASES = [
     *((feature, name) for feature in (controlnet, area_and_mask, block_patch, users_lora, inpainting, batch, wide)
       for name in ("SD1.5", "SD3", "FLUX dev")),
-    (flux_guidance, "FLUX dev"), (shifted_sampling, "SD3"), (shifted_sampling, "FLUX dev"),
+    *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev")), (flux_guidance, "FLUX dev"),
+    (diffsynth_controlnet, "Qwen-Image"),
 ]  # fmt: skip
 
 
@@ -160,6 +182,42 @@ def test_changes_the_picture(lab, feature, name):
 
     with_it, without = prediction(feature), prediction(nothing)
     assert (with_it - without).abs().max() > 1e-3 * without.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("feature", "name"),
+    [(flux_guidance, "FLUX dev"), *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev"))],
+)
+def test_is_drawn_with_as_ksampler_does(lab, feature, name):
+    import nodes
+
+    vae, negative = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), lab.build_conditioning(name, seed=2)
+
+    def by_ksampler(settings: dict) -> torch.Tensor:
+        model = settings.get("model") or lab.build_model(name)
+        (positive,) = settings.get("positives") or [lab.build_conditioning(name)]
+        latent = lab.build_latent(name)
+        (drawn,) = nodes.common_ksampler(model, 5, 4, 1.5, "euler", "simple", positive, negative, latent)
+        return vae.process_output(vae.first_stage_model.decode(drawn["samples"]))
+
+    student = student_with(lab, feature, name)
+    picture = student.run(lambda: student.draw(5), beside=[])
+    assert torch.allclose(picture, by_ksampler(feature(lab, name)), atol=1e-4)
+    assert (picture - by_ksampler({})).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
+def test_a_patch_with_tensors_for_drawing_only_is_named(lab, tmp_path, checkpointed):
+    from comfy_extras.nodes_hypernetwork import load_hypernetwork_patch
+
+    path, widths = tmp_path / "style.pt", (32, 64)
+    layers = {width: {"0.weight": torch.eye(width), "0.bias": torch.zeros(width)} for width in widths}
+    torch.save({width: [layer, layer] for width, layer in layers.items()}, path)
+    model = lab.build_model("SD1.5")
+    model.set_model_attn1_patch(load_hypernetwork_patch(str(path), 0.5))
+    student = lab.build_student("SD1.5", model, checkpointed=checkpointed)
+    with pytest.raises(RuntimeError, match=r"^A patch on the MODEL \(nodes_hypernetwork.py, __call__\) holds tensors"):
+        student.run(lambda: student.predict(student.roll(student.noise(1), 1), 1), beside=[])
 
 
 def controlnet_for_both(lab, name: str) -> list:

@@ -65,7 +65,7 @@ def test_vae_round_trip_through_stock_nodes(student):
         latent = nodes.VAEEncode().encode(student[2], images.movedim(1, -1))[0]
         back = nodes.VAEDecode().decode(student[2], latent)[0].movedim(-1, 1)
     assert latent["samples"].shape == (16, 16, 8, 8)
-    assert (back - images).square().mean() < 10 ** -3.3
+    assert (back - images).square().mean() < 10**-3.3
 
 
 def test_text_encoder_understands_weights_and_nothing(student):
@@ -96,8 +96,9 @@ def answers(judge, images, question):
     model, processor = judge
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=[prompt] * len(images), images=[[image] for image in images], do_rescale=False,
-                       return_tensors="pt")
+    inputs = processor(
+        text=[prompt] * len(images), images=[[image] for image in images], do_rescale=False, return_tensors="pt"
+    )
     yes, no = (processor.tokenizer.encode(word, add_special_tokens=False)[0] for word in (" Yes", " No"))
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=1).logits[:, -1]
@@ -144,5 +145,5 @@ def test_judge_speaks_and_stops(judge):
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     picture = (scenes.render(torch.full((1, 8), 0.8))[0] * 255).round().to(torch.uint8)
     inputs = processor(text=prompt, images=[picture], return_tensors="pt")
-    spoken = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+    spoken = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     assert processor.batch_decode(spoken) == [" Yes<end_of_utterance>"]

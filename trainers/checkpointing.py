@@ -14,6 +14,7 @@ norm layers, whose input is what gets overwritten after being saved for backward
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import torch
@@ -24,14 +25,17 @@ from .forward_override import override_forward
 from .lora import repeated_blocks
 
 
-def prepare_for_backward(diffusion_model: nn.Module, checkpointed: bool) -> ExitStack:
+def prepare_for_backward(
+    diffusion_model: nn.Module, checkpointed: bool, patches: Iterable[nn.Module] = ()
+) -> ExitStack:
     """Make backward through ``diffusion_model`` right; closing the returned stack puts everything back.
 
     Args:
         checkpointed: recompute each repeated block in backward instead of keeping its activations.
+        patches: networks of model patches, which run between the blocks and write into what these return.
     """
     stack = ExitStack()
-    for module in diffusion_model.modules():
+    for module in (module for network in (diffusion_model, *patches) for module in network.modules()):
         if "norm" in type(module).__name__.lower() and not any(True for _ in module.children()):
             stack.callback(override_forward(module, _on_a_clone))
     for _, block in repeated_blocks(diffusion_model):

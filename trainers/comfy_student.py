@@ -8,8 +8,10 @@ patches, the user's own LoRAs) into a denoised x0, with gradients. The training 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TypeVar
 
 import comfy.sample
@@ -148,7 +150,7 @@ class ComfyStudent:
         def load(executor, model, noise_shape, conds, model_options=None, **kwargs):
             extra, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
             extra += comfy.sampler_helpers.get_additional_models_from_model_options(model_options)
-            extra += model.get_nested_additional_models()
+            extra += model.get_nested_additional_models() + model.model_patches_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
             load_for_training([model, self.decoder, *beside, *extra], int(memory * TRAINING_MEMORY))
@@ -213,8 +215,20 @@ class ComfyStudent:
         return model_sampling.noise_scaling(self._sigmas[k], noise.clone(), x0, False)
 
     def predict(self, x: Tensor, k: int) -> Tensor:
-        """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate)."""
-        return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
+        """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate).
+
+        Raises:
+            RuntimeError: a patch on the MODEL holds tensors that autograd refuses.
+        """
+        try:
+            return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved" not in str(error):
+                raise
+            raise RuntimeError(
+                f"A patch on the MODEL ({_outside_torch(error)}) holds tensors that no gradient passes, for it is made "
+                "for drawing only. Take that node off the model for the training."
+            ) from error
 
     def decode(self, x0: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] of latents, 0..1 by the VAE's own mapping but not clamped, so no gradient dies.
@@ -263,10 +277,17 @@ class _Loop(comfy.samplers.Sampler):
         ]  # fmt: skip
         in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
-        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
+        patches = [patch.model for patch in student.model.model_patches_models()]
+        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed, patches):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
+
+
+def _outside_torch(error: Exception) -> str:
+    """The function of ComfyUI or of a node pack in which torch raised ``error``, as 'file.py, function'."""
+    called = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
+    return f"{Path(called[-1].filename).name}, {called[-1].name}"
 
 
 def _computes_in_fp16(model) -> bool:

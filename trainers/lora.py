@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .forward_override import override_forward
 
-# Layers that steer the whole network (modulation, embedders, norms) rather than draw: adapting them burns pictures.
+# Layers that steer the whole network (modulation, embedders, norms) rather than draw: adapting them burns pictures, so
+# they are left alone unless they are named.
 NOT_ADAPTED = re.compile(r"(.*_)?mod(ulation)?(_.*)?|adaLN.*|.*emb(ed.*)?(_.*)?|.*norm.*", re.IGNORECASE)
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -43,7 +44,8 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
 
     Args:
         pattern: a regular expression searched in each path, e.g. ``attn`` for attention only. Empty: every attention
-            and MLP layer of the repeated blocks.
+            and MLP layer of the repeated blocks. Their modulation, embedding and norm layers are adapted only where
+            the matched text reaches into that name, as that of ``img_mod`` does and that of ``double_blocks`` does not.
     Raises:
         ValueError: nothing matches, the pattern is none, or the model has no such layers.
     """
@@ -59,9 +61,7 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
         for name, layer in block.named_modules():
             path = f"{block_path}.{name}"
             linear = hasattr(layer, "in_features") and hasattr(layer, "weight")  # Nunchaku's has a qweight
-            if not linear or any(NOT_ADAPTED.fullmatch(part) for part in path.split(".")):
-                continue
-            if wanted.search(path):
+            if linear and _chosen(path, wanted):
                 targets[path] = layer
     if not targets and not pattern:
         raise ValueError(
@@ -74,6 +74,14 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
             "Leave the targets empty to adapt attention and MLP layers."
         )
     return targets
+
+
+def _chosen(path: str, wanted: re.Pattern) -> bool:
+    matches = [match.span() for match in wanted.finditer(path)]
+    steering = [part.span() for part in re.finditer(r"[^.]+", path) if NOT_ADAPTED.fullmatch(part.group())]
+    if not steering:
+        return bool(matches)
+    return any(max(a, c) < min(b, d) for a, b in matches for c, d in steering)
 
 
 class Adapter(nn.Module):

@@ -30,7 +30,9 @@ BASES = {
 }
 
 
-def metadata(run: Run, objective: Objective, settings: Settings, judges: list[str], student) -> dict[str, str]:
+def metadata(
+    run: Run, objective: Objective, settings: Settings, judges: list[str], student, prompts: list[str]
+) -> dict[str, str]:
     """The header of a trained LoRA's file: ``modelspec.*``, kohya's ``ss_*``, and the story as ``dual_process``.
 
     ``save_lora`` adds the file's own name to it.
@@ -39,6 +41,7 @@ def metadata(run: Run, objective: Objective, settings: Settings, judges: list[st
         run: of a student that drew at least one check.
         judges: their names: the one that was trained against, and the second one, if there was one.
         student: the ``ComfyStudent`` that was trained.
+        prompts: their texts as far as they are known, see ``prompt_texts.prompt_texts``.
     """
     adapter = student.lora.adapters[0]
     rank = adapter.A.shape[0]
@@ -72,13 +75,15 @@ def metadata(run: Run, objective: Objective, settings: Settings, judges: list[st
         "ss_resolution": f"({width}, {height})",
         "ss_training_finished_at": str(time.time()),
         "ss_training_comment": title,
-        "dual_process": json.dumps(_story(run, objective, settings, judges, student, adapter.scale * rank)),
+        "dual_process": json.dumps(_story(run, objective, settings, judges, student, prompts, adapter.scale * rank)),
     }
 
 
-def _story(run: Run, objective: Objective, settings: Settings, judges: list[str], student, alpha: float) -> dict:
-    """Everything that is known about how the LoRA came to be. Prompts reach ComfyUI's trainer nodes already encoded, so
-    only their number is known."""
+def _story(
+    run: Run, objective: Objective, settings: Settings, judges: list[str], student, prompts: list[str], alpha: float
+) -> dict:
+    """Everything that is known about how the LoRA came to be. Its ``prompts`` are their number: of some encoders, one
+    has several texts."""
     return {
         "version": VERSION,
         "made_with": {
@@ -93,6 +98,7 @@ def _story(run: Run, objective: Objective, settings: Settings, judges: list[str]
         "second_judge": judges[1] if len(judges) > 1 else None,
         "model": type(student.model.model.model_config).__name__,
         "prompts": student.prompts,
+        "prompt_texts": prompts,
         "sampler_steps": student.steps,
         "sigmas": student.sigmas.tolist(),
         "cfg": student.cfg,

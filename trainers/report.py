@@ -221,6 +221,7 @@ def _settings(report: Report) -> str:
         "second judge": story["second_judge"] or "none",
         "pictures": size,
         "prompts": story["prompts"],
+        "prompt texts": "; ".join(story["prompt_texts"]),
         "sampler steps": story["sampler_steps"],
         "sigmas": ", ".join(f"{sigma:.4g}" for sigma in story["sigmas"]),
         "cfg": story["cfg"],
