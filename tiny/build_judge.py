@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import scenes
 from .build_student import Student, half_denoised
 from .judge_folder import ANSWERS, IMAGE_TOKENS, chat, new_model, new_processor, save_judge
-from .pictures import DISTURBANCES, PLAIN, RUINS, SUBTLE, Ruin
+from .pictures import DISTURBANCES, RUINS, SUBTLE, Ruin
 from .questions import KEEP_WORDINGS, SUFFIX, WORDINGS
 from .training import Average, descend, learning_rate
 
@@ -142,7 +142,7 @@ class Pictures:
             u[1::2], images[1::2] = self.pool[0][rows], self.pool[1][rows]
         ruined = torch.arange(count, device=self.device) < count * 7 // 16
         for row in range(int(ruined.sum())):
-            images[row:row + 1] = self._pick((RUINS, SUBTLE, PLAIN)[row % 3])(images[row:row + 1], g)
+            images[row:row + 1] = self._pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
         for part in torch.randperm(count, generator=g).split(4)[: count // 4 * 3 // 4]:
             for _ in range(int(torch.randint(1, 3, (), generator=g))):
                 images[part] = self._pick(DISTURBANCES)(images[part], g)

@@ -307,7 +307,5 @@ RUINS: dict[str, Ruin] = {
 }
 # what a generator does to please a judge, and a judge is slow to see
 SUBTLE: dict[str, Ruin] = {
-    ruin.__name__: ruin for ruin in (missing_balls, ghosts, many_suns, second_line, no_line)
+    ruin.__name__: ruin for ruin in (missing_balls, ghosts, many_suns, second_line, no_line, broken_line)
 }
-# what nobody would take for a scene: a judge must never
-PLAIN: dict[str, Ruin] = {ruin.__name__: ruin for ruin in (ladder, blobs, bands, near_black)}
