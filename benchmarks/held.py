@@ -1,0 +1,101 @@
+"""Seconds until a control is held: until nine of ten held-out pictures have the property, by their pixels.
+
+`python3 dev.py bench held --json FILE` teaches the bundled student as the template does, and by the published recipe
+(Luo et al., section 4: cross-entropy, a random step, nothing that holds the picture) at several learning rates, the
+fastest of which counts. Seconds are those of the CPU. Ours include the looks at held-out seeds, which are part of it;
+the published recipe is given its steps alone, at the speed of our step, and is not asked to keep anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, Laboratory, share
+from dual_process.benchmarks.control import PUBLISHED
+from dual_process.benchmarks.ways import machine
+from dual_process.tiny.oracles import holds
+from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
+from dual_process.trainers.dual_process import Run, Settings, train
+from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
+from dual_process.vlm.question import Question
+
+ENOUGH = 0.9
+EVERY = 10  # steps between looks
+SEEDS = 4  # batches that are looked at
+RATES = (3e-4, 1e-3, 3e-3)
+TAUGHT = ("horizon Yes", "palette No", "line No", "depth Yes")
+
+
+class Held(Exception):
+    """Ends a training whose control is held."""
+
+
+def until_held(laboratory: Laboratory, taught: str, settings: Settings, objective: Objective, looks: bool) -> dict:
+    """Steps and CPU seconds of a training until ``ENOUGH`` held-out pictures have the property (None: never).
+
+    Args:
+        looks: whether the looks at held-out seeds count.
+    """
+    about, answer = taught.split()
+    settings = replace(settings, check_every=EVERY, check_seeds=SEEDS, held=1.1, drift_limit=0.0)
+    ends, shares = [], []
+
+    def watch(run: Run, _) -> None:
+        ends.append(time.process_time())
+        if len(run.checks) > len(shares):
+            shares.append(share(holds(run.checks[-1].pictures, about, answer)))
+            if shares[-1] >= ENOUGH:
+                raise Held
+
+    with torch.inference_mode():
+        student = laboratory.student(seed=settings.seed)
+        start = time.process_time()
+        try:
+            student.run(
+                lambda: train(student, laboratory.judge.judge, objective, settings, watch), [laboratory.judge.patcher]
+            )
+        except Held:
+            pass
+    steps = EVERY * (len(shares) - 1)
+    each = statistics.median(b - a for a, b in zip(ends, ends[1:]))
+    seconds = ends[steps] - start if looks else steps * each
+    held = shares[-1] >= ENOUGH
+    return {"seconds": round(seconds, 1) if held else None, "steps": steps, "shares": shares, "step_seconds": each}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--taught", nargs="+", default=TAUGHT, help="property and answer")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    laboratory = Laboratory()
+    result = {"machine": machine(), "batch": BATCH, "ratios": {}}
+    for taught in arguments.taught:
+        about, answer = taught.split()
+        asked = Question(QUESTIONS[about][0], answer)
+        goal = Objective([asked, Question(KEEP_QUESTION, keep=True)], MARGIN)
+        found = {"ours": until_held(laboratory, taught, TEMPLATE, goal, looks=True)}
+        for rate in RATES:
+            recipe = replace(PUBLISHED, learning_rate=rate)
+            theirs = until_held(laboratory, taught, recipe, Objective([asked], LIKELIHOOD), looks=False)
+            found[f"published, rate {rate:g}"] = theirs
+        result[taught] = found
+        ours, *published = (one["seconds"] for one in found.values())
+        if ours and any(published):
+            result["ratios"][f"{taught}: ours over published"] = ours / min(filter(None, published))
+        print(json.dumps({taught: found}), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["ratios"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
