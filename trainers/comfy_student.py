@@ -20,10 +20,10 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.sd import VAE
-from torch import Tensor
+from torch import Tensor, nn
 
-from .checkpointing import prepare_for_backward
-from .comfy_memory import gradients, load_for_training
+from .checkpointing import Recompute, make_recomputable, prepare_for_backward
+from .comfy_memory import TransformersHolder, gradients, load_for_training
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .prompts import single_prompts
@@ -54,7 +54,8 @@ class ComfyStudent:
         sampler: ComfyUI SAMPLER that walks them.
         cfg: classifier-free guidance scale.
         rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
-        checkpointed: recompute blocks in backward; less memory, about a third more time.
+        checkpointed: recompute blocks in backward; less memory, about a third more time. ``recompute`` may change it
+            while the student runs.
         start: tensors of a LoRA file to go on from, see ``lora_start.start_from``.
     Raises:
         ValueError: inputs that do not fit together, before anything is loaded.
@@ -89,7 +90,7 @@ class ComfyStudent:
         self.prompts = len(prompts)
         if negative is not None:
             self.conds["negative"] = negative
-        self.cfg, self.sigmas, self.sampler, self.checkpointed = cfg, sigmas, sampler, checkpointed
+        self.cfg, self.sigmas, self.sampler, self.recompute = cfg, sigmas, sampler, Recompute(checkpointed)
         self.steps = len(sigmas) - 1
         self._check_vae()
         with gradients():
@@ -135,7 +136,8 @@ class ComfyStudent:
         """Run ``loop`` with everything loaded; whatever happens in it, the user's model is as it was afterwards.
 
         Args:
-            beside: further models (the judge) to keep on the device together with model and VAE.
+            beside: further models (the judge) to keep on the device together with model and VAE. Those of transformers
+                are recomputed with them; ComfyUI's own run only in the surroundings that ``NativeJudge`` gives them.
         """
         patched = self.model
         options = patched.model_options.setdefault("transformer_options", {})
@@ -164,9 +166,16 @@ class ComfyStudent:
             self.lora.to(patched.load_device)
             guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
+            for recomputed in self._recomputed(beside):
+                stack.enter_context(make_recomputable(recomputed, self.recompute))
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
         return sampler.result
+
+    def _recomputed(self, beside: list[ModelPatcher]) -> list[nn.Module]:
+        """What is recomputed beside the generator."""
+        judges = [patcher.model for patcher in beside if isinstance(patcher.model, TransformersHolder)]
+        return [self.vae.first_stage_model, *judges]
 
     def _conds_of_a_draw(self, prompt: int) -> dict[str, list]:
         """What a KSampler would be given. Prompts are never given together: ComfyUI hands areas, ControlNets and GLIGEN
@@ -259,7 +268,7 @@ class _Loop(comfy.samplers.Sampler):
         ]  # fmt: skip
         in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
-        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed):
+        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.recompute):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image

@@ -65,7 +65,7 @@ def metadata(run: Run, objective: Objective, settings: Settings, judges: list[st
         "ss_max_grad_norm": str(settings.clip),
         "ss_batch_size_per_device": str(student.latent.shape[0]),
         "ss_gradient_accumulation_steps": str(settings.accumulate),
-        "ss_gradient_checkpointing": str(student.checkpointed),
+        "ss_gradient_checkpointing": str(student.recompute.on),
         "ss_max_train_steps": str(settings.steps),
         "ss_steps": str(len(run.loss)),
         "ss_seed": str(settings.seed),
