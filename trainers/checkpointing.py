@@ -72,6 +72,41 @@ def make_recomputable(model: nn.Module, recompute: Recompute) -> ExitStack:
     return stack
 
 
+def one_by_one(function: Callable[[Tensor], Tensor], rows: Tensor, recompute: Recompute) -> Tensor:
+    """``function`` of a batch whose rows do not know of each other.
+
+    While ``recompute`` is on, nothing of it is kept for backward, which runs it again row by row: a VAE then holds
+    nothing while the judge looks, and later one picture at a time.
+    """
+    if recompute.on and torch.is_grad_enabled() and rows.requires_grad:
+        return _OneByOne.apply(rows, function, recompute)
+    return function(rows)
+
+
+class _OneByOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, function, recompute):
+        ctx.save_for_backward(rows)
+        ctx.function, ctx.recompute, ctx.calls = function, recompute, [object() for _ in rows]
+        made = function(rows)
+        for call in ctx.calls:
+            recompute.tell(Event.DONE, call)
+        return made
+
+    @staticmethod
+    def backward(ctx, pushes):
+        gradients = []
+        for row, push, call in zip(ctx.saved_tensors[0].split(1), pushes.split(1), ctx.calls):
+            with torch.enable_grad():
+                row = row.detach().requires_grad_()
+                ctx.recompute.tell(Event.AGAIN, call)
+                made = ctx.function(row)
+                ctx.recompute.tell(Event.BACK, call)
+            cut = not made.requires_grad  # a VAE that decodes in tiles; the self-check says so
+            gradients += [torch.zeros_like(row)] if cut else torch.autograd.grad(made, row, push)
+        return torch.cat(gradients), None, None
+
+
 def stacked_blocks(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
     """The outermost modules in lists, anywhere under ``module``, that have children and are called themselves.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TypeVar
 
+import comfy.model_management as mm
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -22,7 +23,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.sd import VAE
 from torch import Tensor, nn
 
-from .checkpointing import Recompute, make_recomputable, prepare_for_backward
+from .checkpointing import Recompute, make_recomputable, one_by_one, prepare_for_backward
 from .comfy_memory import TransformersHolder, gradients, load_for_training
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
@@ -197,6 +198,10 @@ class ComfyStudent:
         self._extra_args["seed"] = seed  # ancestral samplers draw their own noise from it
         return comfy.sample.prepare_noise(self._latent, seed, self.noise_indices).to(self._latent.device)
 
+    def free_memory(self) -> int:
+        """Bytes that are free for activations on the device that computes."""
+        return int(mm.get_free_memory(self.model.load_device))
+
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:
         """x_σk: the schedule walked from pure noise to step ``k`` (0 <= k <= steps), LoRA on, without gradients."""
@@ -230,7 +235,7 @@ class ComfyStudent:
         latent = latent.to(self.vae.device, self.vae.vae_dtype)
         if latent.ndim == 4 and latent.device.type == "cpu":
             latent = latent.contiguous(memory_format=torch.channels_last)  # oneDNN convolves a quarter faster this way
-        pixels = self.vae.first_stage_model.decode(latent).float()
+        pixels = one_by_one(self.vae.first_stage_model.decode, latent, self.recompute).float()
         if pixels.ndim == 5:
             pixels = pixels.transpose(1, 2).flatten(0, 1)
         return pixels * self._gain + self._offset
