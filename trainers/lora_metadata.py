@@ -13,6 +13,7 @@ import torch
 from ..vlm.question import Question
 from .dual_process import Run, Settings
 from .lora_file import VERSION
+from .memory_plan import MemoryPlan
 from .objective import Objective
 
 COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
@@ -30,7 +31,14 @@ BASES = {
 }
 
 
-def metadata(run: Run, objective: Objective, settings: Settings, judges: list[str], student) -> dict[str, str]:
+def metadata(
+    run: Run,
+    objective: Objective,
+    settings: Settings,
+    judges: list[str],
+    student,
+    plan: MemoryPlan | None = None,
+) -> dict[str, str]:
     """The header of a trained LoRA's file: ``modelspec.*``, kohya's ``ss_*``, and the story as ``dual_process``.
 
     ``save_lora`` adds the file's own name to it.
@@ -39,6 +47,7 @@ def metadata(run: Run, objective: Objective, settings: Settings, judges: list[st
         run: of a student that drew at least one check.
         judges: their names: the one that was trained against, and the second one, if there was one.
         student: the ``ComfyStudent`` that was trained.
+        plan: what decided about recomputation, None where the user did.
     """
     adapter = student.lora.adapters[0]
     rank = adapter.A.shape[0]
@@ -72,11 +81,19 @@ def metadata(run: Run, objective: Objective, settings: Settings, judges: list[st
         "ss_resolution": f"({width}, {height})",
         "ss_training_finished_at": str(time.time()),
         "ss_training_comment": title,
-        "dual_process": json.dumps(_story(run, objective, settings, judges, student, adapter.scale * rank)),
+        "dual_process": json.dumps(_story(run, objective, settings, judges, student, adapter.scale * rank, plan)),
     }
 
 
-def _story(run: Run, objective: Objective, settings: Settings, judges: list[str], student, alpha: float) -> dict:
+def _story(
+    run: Run,
+    objective: Objective,
+    settings: Settings,
+    judges: list[str],
+    student,
+    alpha: float,
+    plan: MemoryPlan | None,
+) -> dict:
     """Everything that is known about how the LoRA came to be. Prompts reach ComfyUI's trainer nodes already encoded, so
     only their number is known."""
     return {
@@ -99,6 +116,8 @@ def _story(run: Run, objective: Objective, settings: Settings, judges: list[str]
         "alpha": alpha,
         "layers": len(student.lora.paths),
         "settings": asdict(settings),
+        "recomputed": student.recompute.on,
+        "memory_plan_bytes": plan and asdict(plan),
         "steps_done": len(run.loss),
         "steps_skipped": run.skipped,
         "stopped": run.stopped,
