@@ -82,7 +82,9 @@ def test_the_choice_keeps_headroom_and_says_its_numbers():
         "Recomputing: a step takes about 2.00 GB beyond the weights; keeping everything would take 10.00 GB, and "
         "12.50 GB are free."
     )
-    assert fits.sentence() == "Keeping everything: a step takes about 10.00 GB beyond the weights, and 13.00 GB are free."
+    assert (
+        fits.sentence() == "Keeping everything: a step takes about 10.00 GB beyond the weights, and 13.00 GB are free."
+    )
 
 
 @pytest.mark.parametrize("where", ["plan", "loop"])

@@ -63,7 +63,13 @@ def taesd():
 def wan_vae():
     from comfy.ldm.wan.vae import WanVAE
 
-    return WanVAE(dim=16, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]), (1, 4, 2, 8, 8)
+    return WanVAE(dim=16, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]), (
+        1,
+        4,
+        2,
+        8,
+        8,
+    )
 
 
 @pytest.mark.parametrize("build", [sd_vae, taesd, wan_vae])
