@@ -6,70 +6,27 @@ Counted are the bytes of all tensors that a step makes and that live at the same
 numbers neither depend on the machine nor on its allocator; scratch space inside an operator is not seen. Three
 questions; the pairs are those of ``bench step``. The LoRA's gradients are in, its optimiser's state is not (it is the
 same in every way, and made by the first step).
+
+* ``automatic``: the trainer's default settings where the device has ``TIGHT`` of the published way's peak free.
+* ``predicted``: what the trainer foresees for ``plain`` and ``checkpointed`` before the first step, from one pass with
+  recomputation.
 """
 
 from __future__ import annotations
 
 import argparse
-import weakref
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dual_process.benchmarks.pairs import Pair, start_comfyui
 from dual_process.benchmarks.step import PAIRS, QUESTIONS, compare_all
 from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine
+from dual_process.trainers.live_memory import LiveMemory
+from dual_process.trainers.memory_plan import MemoryPlan, predicted_peaks
 
 MB = 2**20
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors made inside the block that are alive, and the most of them in every phase.
-
-    ``entered`` tells it that another phase begins.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live = 0
-        self.phase = ""
-        self.peaks: dict[str, int] = {}
-        self._known: dict[int, weakref.ref] = {}
-
-    @property
-    def peak(self) -> int:
-        return max(self.peaks.values())
-
-    def entered(self, phase: str) -> None:
-        self.phase = phase
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for given in tree_leaves((args, kwargs)):
-            self._note(given, counts=False)  # what was there before the block; views of it are nothing new
-        made = function(*args, **kwargs)
-        for result in tree_leaves(made):
-            self._note(result, counts=True)
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live)
-        return made
-
-    def _note(self, value, counts: bool) -> None:
-        if not isinstance(value, torch.Tensor):
-            return
-        storage = value.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if counts else 0
-        self.live += size
-
-        def freed(_) -> None:
-            self.live -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, freed)
+TIGHT = 0.4
 
 
 def peaks(way: Ours) -> dict[str, float]:
@@ -81,6 +38,15 @@ def peaks(way: Ours) -> dict[str, float]:
     return {"whole": memory.peak / MB, **found}
 
 
+def predicted(way: Ours) -> dict[str, float]:
+    """Megabytes at the peak of a step that the trainer foresees."""
+    student = way.student
+    found = student.run(
+        lambda: predicted_peaks(student, way.judge.judge, way.objective, way.settings), beside=[way.judge.patcher]
+    )
+    return {name: peak / MB for name, peak in zip(("plain", "checkpointed"), found)}
+
+
 def compare(pair: Pair) -> dict:
     """Peaks of all ways to take a step with three questions, and their ratios."""
     ways = {
@@ -90,9 +56,14 @@ def compare(pair: Pair) -> dict:
         "published": Published(pair, QUESTIONS),
     }
     found = {name: peaks(way) for name, way in ways.items()}
+    foreseen = predicted(ways["plain"])
+    free = TIGHT * found["published"]["whole"]
+    recomputes = MemoryPlan(foreseen["plain"], foreseen["checkpointed"], free).recompute
+    found["automatic"] = peaks(Ours(pair, QUESTIONS, recomputes, ANCHORED))
     whole = {name: one["whole"] for name, one in found.items()}
     ratios = {f"{name}_over_published": whole[name] / whole["published"] for name in whole if name != "published"}
-    return {"peak_mb": found, "ratios": ratios}
+    ratios |= {f"{name}_predicted_over_measured": foreseen[name] / whole[name] for name in foreseen}
+    return {"peak_mb": found, "predicted_mb": foreseen, "ratios": ratios}
 
 
 def main() -> None:

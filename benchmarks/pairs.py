@@ -54,7 +54,7 @@ def bundled(batch: int = 16) -> Pair:
 
     def student(checkpointed: bool):
         student = laboratory.student(batch=batch)
-        student.checkpointed = checkpointed
+        student.recompute.on = checkpointed
         return student
 
     return Pair("bundled", student, laboratory.judge)

@@ -32,7 +32,7 @@ class Ours:
     Args:
         pair: student and judge.
         questions: how many are asked.
-        checkpointed: recompute the generator's blocks in backward.
+        checkpointed: recompute the blocks of generator, VAE and judge in backward.
         settings: with or without anchor.
     """
 

@@ -20,12 +20,13 @@ from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
+from ..trainers.memory_plan import MemoryPlan, plan_memory
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
 from .lora import read_lora
-from .trainer_inputs import NEW_LORA, trainer_inputs
+from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ LEFT_OUT = {
     "drift_limit": 0.5,
     "target": 0.982,
     "augment": 0.0,
+    "recompute": AUTOMATIC,
 }
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one."
 
@@ -81,15 +83,19 @@ class Trainer(io.ComfyNode):
         show.say(SAME_JUDGE if second_judge is judge else "")
         second = None if second_judge is None else second_judge.judge
 
-        def teach() -> Run:
+        def teach() -> tuple[MemoryPlan | None, Run]:
             if self_check:
                 check_gradients(student)
-            return train(student, judge.judge, goal, settings, show, second)
+            plan = None
+            if inputs.checkpointing and inputs.recompute == AUTOMATIC:
+                plan = plan_memory(student, judge.judge, goal, settings)
+                show.say(plan.sentence())
+            return plan, train(student, judge.judge, goal, settings, show, second)
 
-        run = student.run(teach, beside=[one.patcher for one in judges])
+        plan, run = student.run(teach, beside=[one.patcher for one in judges])
         show.end(run)
         prompts = prompt_texts(cls.hidden.dynprompt.get_node, cls.hidden.unique_id)
-        story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts)
+        story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan)
         lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
@@ -135,7 +141,7 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
         alpha=float(inputs.rank),
         seed=inputs.seed,
         targets=inputs.targets,
-        checkpointed=inputs.checkpointing,
+        checkpointed=inputs.checkpointing and inputs.recompute != NEVER,
         start=None if inputs.continue_from == NEW_LORA else read_lora(inputs.continue_from),
     )
 

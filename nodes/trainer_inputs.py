@@ -9,6 +9,7 @@ from .lora import saved_loras
 from .types import JudgeType, PromptsType, QuestionsType
 
 NEW_LORA = "(a new LoRA)"
+AUTOMATIC, ALWAYS, NEVER = "automatic", "always", "never"
 
 
 def trainer_inputs() -> list[io.Input]:
@@ -134,7 +135,8 @@ def _further() -> list[io.Input]:
         io.Boolean.Input(
             "checkpointing",
             default=True,
-            tooltip="Recompute instead of remember: much less memory, about a third more time.",
+            tooltip="Recompute instead of remember where 'recompute' says so: much less memory, about a third more "
+            "time. Off: never recompute.",
         ),
         io.Combo.Input(
             "learn_at",
@@ -204,5 +206,13 @@ def _further() -> list[io.Input]:
             tooltip="Never trained against, only asked about pictures of seeds not trained on. Of these looks, "
             "the LoRA that this judge likes best is kept, and training ends when both judges say stop_at. Connect "
             "another model than judge.",
+        ),
+        io.Combo.Input(
+            "recompute",
+            options=[AUTOMATIC, ALWAYS, NEVER],
+            default=AUTOMATIC,
+            optional=True,
+            tooltip="Automatic: before the first step one pass is tried with recomputation; if a step that remembers "
+            "everything would fit into the free memory too, that is taken. Only read while checkpointing is on.",
         ),
     ]

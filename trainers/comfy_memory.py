@@ -11,6 +11,14 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 
+class TransformersHolder(nn.Module):
+    """Around a transformers model, which forbids ModelPatcher to set ``.device`` on it."""
+
+    def __init__(self, vlm: nn.Module):
+        super().__init__()
+        self.vlm = vlm
+
+
 class ManagedJudge:
     """A judge whose weights ComfyUI loads, evicts and reloads like those of any model.
 
@@ -25,9 +33,7 @@ class ManagedJudge:
 
     @staticmethod
     def _new_patcher(judge) -> ModelPatcher:
-        holder = nn.Module()  # ModelPatcher sets .device on what it wraps; a transformers model forbids that
-        holder.vlm = judge.model
-        return ModelPatcher(holder, mm.get_torch_device(), mm.text_encoder_offload_device())
+        return ModelPatcher(TransformersHolder(judge.model), mm.get_torch_device(), mm.text_encoder_offload_device())
 
     def load(self) -> None:
         """Bring the judge to the compute device."""

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+import comfy.model_management as mm
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -23,10 +24,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.sd import VAE
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
-from torch import Tensor
+from torch import Tensor, nn
 
-from .checkpointing import prepare_for_backward
-from .comfy_memory import gradients, load_for_training, static_clone
+from .checkpointing import Recompute, make_recomputable, one_by_one, prepare_for_backward
+from .comfy_memory import TransformersHolder, gradients, load_for_training, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .prompts import single_prompts
@@ -57,7 +58,8 @@ class ComfyStudent:
         sampler: ComfyUI SAMPLER that walks them.
         cfg: classifier-free guidance scale.
         rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
-        checkpointed: recompute blocks in backward; less memory, about a third more time.
+        checkpointed: recompute blocks in backward; less memory, about a third more time. ``recompute`` may change it
+            while the student runs.
         start: tensors of a LoRA file to go on from, see ``lora_start.start_from``.
     Raises:
         ValueError: inputs that do not fit together, before anything is loaded.
@@ -93,7 +95,7 @@ class ComfyStudent:
         self.prompts = len(prompts)
         if negative is not None:
             self.conds["negative"] = negative
-        self.cfg, self.sigmas, self.sampler, self.checkpointed = cfg, sigmas, sampler, checkpointed
+        self.cfg, self.sigmas, self.sampler, self.recompute = cfg, sigmas, sampler, Recompute(checkpointed)
         self.steps = len(sigmas) - 1
         self._check_vae()
         with gradients():
@@ -139,7 +141,8 @@ class ComfyStudent:
         """Run ``loop`` with everything loaded; whatever happens in it, the user's model is as it was afterwards.
 
         Args:
-            beside: further models (the judge) to keep on the device together with model and VAE.
+            beside: further models (the judge) to keep on the device together with model and VAE. Those of transformers
+                are recomputed with them; ComfyUI's own run only in the surroundings that ``NativeJudge`` gives them.
         """
         patched = self.model
         # Compiled code is of the model without LoRA, and of the user's copy of it where ours has weights of its own.
@@ -170,9 +173,16 @@ class ComfyStudent:
             self.lora.to(patched.load_device)
             guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
+            for recomputed in self._recomputed(beside):
+                stack.enter_context(make_recomputable(recomputed, self.recompute))
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
         return sampler.result
+
+    def _recomputed(self, beside: list[ModelPatcher]) -> list[nn.Module]:
+        """What is recomputed beside the generator."""
+        judges = [patcher.model for patcher in beside if isinstance(patcher.model, TransformersHolder)]
+        return [self.decoder.model, *judges]
 
     def _conds_of_a_draw(self, prompt: int) -> dict[str, list]:
         """What a KSampler would be given. Prompts are never given together: ComfyUI hands areas, ControlNets and GLIGEN
@@ -193,6 +203,10 @@ class ComfyStudent:
         """Unit Gaussian noise in the latent's shape, the same that KSampler draws for this seed."""
         self._extra_args["seed"] = seed  # ancestral samplers draw their own noise from it
         return comfy.sample.prepare_noise(self._latent, seed, self.noise_indices).to(self._latent.device)
+
+    def free_memory(self) -> int:
+        """Bytes that are free for activations on the device that computes."""
+        return int(mm.get_free_memory(self.model.load_device))
 
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:
@@ -239,7 +253,7 @@ class ComfyStudent:
         latent = latent.to(self.vae.device, self.vae.vae_dtype)
         if latent.ndim == 4 and latent.device.type == "cpu":
             latent = latent.contiguous(memory_format=torch.channels_last)  # oneDNN convolves a quarter faster this way
-        pixels = self.decoder.model.decode(latent).float()
+        pixels = one_by_one(self.decoder.model.decode, latent, self.recompute).float()
         if pixels.ndim == 5:
             pixels = pixels.transpose(1, 2).flatten(0, 1)
         return pixels * self._gain + self._offset
@@ -278,7 +292,7 @@ class _Loop(comfy.samplers.Sampler):
         in_fp16 = _computes_in_fp16(model_wrap.inner_model) or student.vae.vae_dtype == torch.float16
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
         patches = [patch.model for patch in student.model.model_patches_models()]
-        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.checkpointed, patches):
+        with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.recompute, patches):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image

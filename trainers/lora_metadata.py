@@ -13,6 +13,7 @@ import torch
 from ..vlm.question import Question
 from .dual_process import Run, Settings
 from .lora_file import VERSION
+from .memory_plan import MemoryPlan
 from .objective import Objective
 
 COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
@@ -31,7 +32,13 @@ BASES = {
 
 
 def metadata(
-    run: Run, objective: Objective, settings: Settings, judges: list[str], student, prompts: list[str]
+    run: Run,
+    objective: Objective,
+    settings: Settings,
+    judges: list[str],
+    student,
+    prompts: list[str],
+    plan: MemoryPlan | None = None,
 ) -> dict[str, str]:
     """The header of a trained LoRA's file: ``modelspec.*``, kohya's ``ss_*``, and the story as ``dual_process``.
 
@@ -42,6 +49,7 @@ def metadata(
         judges: their names: the one that was trained against, and the second one, if there was one.
         student: the ``ComfyStudent`` that was trained.
         prompts: their texts as far as they are known, see ``prompt_texts.prompt_texts``.
+        plan: what decided about recomputation, None where the user did.
     """
     adapter = student.lora.adapters[0]
     rank = adapter.A.shape[0]
@@ -68,19 +76,28 @@ def metadata(
         "ss_max_grad_norm": str(settings.clip),
         "ss_batch_size_per_device": str(student.latent.shape[0]),
         "ss_gradient_accumulation_steps": str(settings.accumulate),
-        "ss_gradient_checkpointing": str(student.checkpointed),
+        "ss_gradient_checkpointing": str(student.recompute.on),
         "ss_max_train_steps": str(settings.steps),
         "ss_steps": str(len(run.loss)),
         "ss_seed": str(settings.seed),
         "ss_resolution": f"({width}, {height})",
         "ss_training_finished_at": str(time.time()),
         "ss_training_comment": title,
-        "dual_process": json.dumps(_story(run, objective, settings, judges, student, prompts, adapter.scale * rank)),
+        "dual_process": json.dumps(
+            _story(run, objective, settings, judges, student, prompts, adapter.scale * rank, plan)
+        ),
     }
 
 
 def _story(
-    run: Run, objective: Objective, settings: Settings, judges: list[str], student, prompts: list[str], alpha: float
+    run: Run,
+    objective: Objective,
+    settings: Settings,
+    judges: list[str],
+    student,
+    prompts: list[str],
+    alpha: float,
+    plan: MemoryPlan | None,
 ) -> dict:
     """Everything that is known about how the LoRA came to be. Its ``prompts`` are their number: of some encoders, one
     has several texts."""
@@ -105,6 +122,8 @@ def _story(
         "alpha": alpha,
         "layers": len(student.lora.paths),
         "settings": asdict(settings),
+        "recomputed": student.recompute.on,
+        "memory_plan_bytes": plan and asdict(plan),
         "steps_done": len(run.loss),
         "steps_skipped": run.skipped,
         "stopped": run.stopped,
