@@ -198,6 +198,15 @@ def test_training_never_sees_the_held_out_seeds():
     assert all(s >= 2**32 for s in student.seeds if s not in checks)
 
 
+def test_a_look_asks_about_no_more_pictures_at_once_than_a_step():
+    asked, judge = [], BrightnessJudge()
+    log_likelihood = judge.log_likelihood
+    judge.log_likelihood = lambda images, *rest: asked.append(len(images)) or log_likelihood(images, *rest)
+    objective, settings = Objective([Question("Is it bright?")]), Settings(steps=1, check_seeds=5)
+    run = train(GreyStudent(), judge, objective, settings, lambda *_: None)
+    assert set(asked) == {2} and len(run.checks[0].pictures) == 10
+
+
 def test_same_seed_same_run():
     assert teach(seed=3)[1].loss == teach(seed=3)[1].loss != teach(seed=4)[1].loss
 

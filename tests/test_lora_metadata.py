@@ -33,7 +33,8 @@ def read_back(lab, name: str, folder: Path) -> tuple[dict[str, str], object]:
 
     prompts = [lab.build_conditioning(name, seed=seed) for seed in (1, 2, 3)]
     student, judge = lab.build_student(name, positives=prompts, alpha=8.0), lab.build_judge()
-    goal = Objective([Question("Is the line thick?"), Question("Is it night?", "No", weight=2.0)])
+    taught = [Question("Is the line thick?"), Question("Is it night?", "No", weight=2.0)]
+    goal = Objective([*taught, Question("Is it a drawing?", keep=True)])
     settings = Settings(steps=2, check_every=0, check_seeds=1, seed=11, learning_rate=3e-4)
     run = student.run(lambda: train(student, judge.judge, goal, settings, lambda *_: None), [judge.patcher])
     header = metadata(run, goal, settings, [judge.judge.name], student, ["a line", "night"])
@@ -68,7 +69,7 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
     asked = {"text": "Is it night?", "answer": "No", "weight": 2.0, "keep": False, "guide": None}
     assert story["questions"][1] == asked
     assert story["prompt_texts"] == ["a line", "night"]
-    assert (story["prompts"], story["steps_done"], story["alpha"]) == (3, 2, 8.0)
+    assert (story["prompts"], story["steps_done"], story["kept_step"], story["alpha"]) == (3, 2, 2, 8.0)
     assert (story["judge"], story["model"]) == ("tiny random judge", "SDXL")
     assert story["second_judge"] is None and story["second_judge_scores_after"] == []
     assert set(story["made_with"]) == {"ComfyUI", "torch", "transformers"}

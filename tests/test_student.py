@@ -308,13 +308,33 @@ def test_a_step_runs_the_model_no_more_than_it_needs(lab, anchor, forwards):
     assert len(calls) == forwards
 
 
+def test_a_prediction_costs_the_same_after_a_draw(lab):
+    """CFG++ samplers turn off, in the arguments they are given, ComfyUI's skipping of the negative prompt at cfg 1."""
+    import comfy.samplers
+
+    sampler = comfy.samplers.sampler_object("euler_cfg_pp")
+    student, rows = lab.build_student("SD3", cfg=1.0, sampler=sampler, vae=lab.LinearVAE(16)), []
+
+    def loop():
+        student.draw(3)
+        student.model.model.diffusion_model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        student.predict(student.noise(3), 0)
+
+    student.run(loop, beside=[])
+    assert rows == [1]
+
+
 def test_misfits_are_refused_before_anything_is_loaded(lab):
+    import comfy.samplers
+
+    with pytest.raises(ValueError, match="SAMPLER of the kind Sampler cannot be walked"):
+        lab.build_student("SD3", sampler=comfy.samplers.Sampler())
     with pytest.raises(ValueError, match="4 channels.*makes 16"):
         sdxl_vae = lab.build_vae("SDXL")
         from dual_process.trainers.comfy_student import ComfyStudent
 
         ComfyStudent(lab.build_model("SD3"), sdxl_vae, [lab.build_conditioning("SD3")], None, lab.build_latent("SD3"),
-                     torch.tensor([1.0, 0.0]), None)  # fmt: skip
+                     torch.tensor([1.0, 0.0]), comfy.samplers.sampler_object("euler"))  # fmt: skip
     with pytest.raises(ValueError, match="decodes video, but SD3 makes pictures. Connect the VAE"):
         video_vae = lab.LinearVAE(16)
         video_vae.latent_dim = 3

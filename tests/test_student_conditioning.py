@@ -220,6 +220,22 @@ def test_a_patch_with_tensors_for_drawing_only_is_named(lab, tmp_path, checkpoin
         student.run(lambda: student.predict(student.roll(student.noise(1), 1), 1), beside=[])
 
 
+def test_a_conditioning_that_holds_noise(lab):
+    """unCLIP lays noise, drawn from the seed it is given, over the embedding of a picture."""
+    import nodes
+    from dual_process.trainers.comfy_student import CONDITIONING_SEED
+
+    positive, negative = lab.build_conditioning("SDXL"), lab.build_conditioning("SDXL", seed=2)
+    embedded = SimpleNamespace(image_embeds=torch.randn(1, 1, 1280, generator=torch.Generator().manual_seed(14)))
+    (seen,) = nodes.unCLIPConditioning().apply_adm(positive, embedded, 1.0, 0.0)
+    student = lab.build_student("SDXL", positives=[seen], vae=lab.LinearVAE(4))
+    picture = student.run(lambda: student.draw(CONDITIONING_SEED), beside=[])
+    model, latent = lab.build_model("SDXL"), lab.build_latent("SDXL")
+    (drawn,) = nodes.common_ksampler(model, CONDITIONING_SEED, 4, 1.5, "euler", "simple", seen, negative, latent)
+    wanted = student.vae.process_output(student.vae.first_stage_model.decode(drawn["samples"]))
+    assert torch.allclose(picture, wanted, atol=1e-4)
+
+
 def controlnet_for_both(lab, name: str) -> list:
     """Through the older node, whose ControlNet ComfyUI passes on to the negative prompt."""
     import nodes

@@ -34,11 +34,12 @@ from .prompts import single_prompts
 
 Result = TypeVar("Result")
 KEY = "dual_process"
+CONDITIONING_SEED = 0  # of conditionings that hold noise, such as unCLIP's; they are made once, for all draws
 FP16_GRADIENT_SCALE = 1024.0  # keeps small gradients from vanishing in half precision activations
-# Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
-# VAE was 2.6 times ComfyUI 0.33's estimate, of Wan's 2.9 times.
 MADE_FOR = {"SD15": 512, "SD20": 512}  # px a side that a model is made for, by ComfyUI's class; all others: 1024
 TOY = 128  # px a side, below which only toy models draw, such as the bundled one
+# Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
+# VAE was 2.6 times ComfyUI 0.33's estimate, of Wan's 2.9 times.
 TRAINING_MEMORY = 3
 
 
@@ -86,6 +87,11 @@ class ComfyStudent:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
+        if not isinstance(sampler, comfy.samplers.KSAMPLER):
+            raise ValueError(
+                f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
+                "KSamplerSelect, or use sampler_name."
+            )
         self.model = static_clone(model)
         self.vae, self.decoder = vae, static_clone(vae.patcher)
         self.decoder.model.to(vae.vae_dtype)  # ComfyUI reads a clone anew in the file's format
@@ -176,7 +182,7 @@ class ComfyStudent:
             for recomputed in self._recomputed(beside):
                 stack.enter_context(make_recomputable(recomputed, self.recompute))
             sampler = _Loop(self, loop)
-            guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask)
+            guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask, seed=CONDITIONING_SEED)
         return sampler.result
 
     def _recomputed(self, beside: list[ModelPatcher]) -> list[nn.Module]:
@@ -217,7 +223,8 @@ class ComfyStudent:
         x = model_sampling.noise_scaling(self._sigmas[0], noise, self._latent, full)
         if k == 0:
             return x
-        walk = {"extra_args": self._extra_args, "callback": None, "disable": True, **self.sampler.extra_options}
+        own_args = dict(self._extra_args)  # CFG++ samplers leave a function in them that calls for the negative prompt
+        walk = {"extra_args": own_args, "callback": None, "disable": True, **self.sampler.extra_options}
         return self.sampler.sampler_function(self._denoiser, x, self._sigmas[: k + 1], **walk)
 
     @torch.no_grad()

@@ -274,15 +274,18 @@ def check(
 ) -> Check:
     """Draw the held-out seeds to the end, ask the judges about them and compare them with the run's ``first``."""
 
-    def draw() -> Tensor:
-        return torch.cat([student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)])
+    def draw() -> list[Tensor]:
+        return [student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)]
 
-    pictures = draw()
+    batches = draw()
     with student.lora.disabled():
-        before = draw() if objective.compares else None
+        before = draw() if objective.compares else [None] * len(batches)
 
     def scores(judge) -> list[float]:
-        return objective(judge, pictures, before)[1].mean(dim=0).tolist()
+        """Batch by batch, so that a look needs no more of the judge's memory than a step."""
+        answers = [objective(judge, *pair)[1] for pair in zip(batches, before)]
+        return torch.cat(answers).mean(dim=0).tolist()
 
-    changed = {} if first is None else changes(first, pictures.cpu())
-    return Check(step, scores(judge), pictures.cpu(), changed, [] if second is None else scores(second))
+    pictures = torch.cat(batches).cpu()
+    changed = {} if first is None else changes(first, pictures)
+    return Check(step, scores(judge), pictures, changed, [] if second is None else scores(second))

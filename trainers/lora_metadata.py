@@ -55,7 +55,8 @@ def metadata(
     rank = adapter.A.shape[0]
     model_class = type(student.model.model.model_config).__name__
     base, architecture = BASES.get(model_class, (model_class.lower(), model_class.lower()))
-    title = "; ".join(f"{question.text} {question.answer}" for question in objective.questions)
+    taught = [question for question in objective.questions if not question.keep]
+    title = "; ".join(f"{question.text} {question.answer}" for question in taught)
     height, width = run.checks[-1].pictures.shape[-2:]
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -125,6 +126,7 @@ def _story(
         "recomputed": student.recompute.on,
         "memory_plan_bytes": plan and asdict(plan),
         "steps_done": len(run.loss),
+        "kept_step": run.checks[-1].step,
         "steps_skipped": run.skipped,
         "stopped": run.stopped,
         "held_out_scores_before": run.checks[0].scores,
