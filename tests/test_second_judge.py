@@ -87,6 +87,8 @@ def trained(lab, monkeypatch):
     """Runs the trainer's node with a tiny SD3 for two steps; returns its output and the lines it showed."""
     from types import SimpleNamespace
 
+    from comfy_execution.graph import DynamicPrompt
+
     from dual_process.nodes import trainer
 
     shown = []
@@ -94,7 +96,8 @@ def trained(lab, monkeypatch):
         client_id=None, send_sync=lambda *_: None, send_progress_text=lambda text, node: shown.append(text)
     )
     monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
-    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": {"unique_id": "7"}})
+    graph = DynamicPrompt({"7": {"class_type": "DualProcessTrainer", "inputs": {}}})
+    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": {"unique_id": "7", "dynprompt": graph}})
     drawn = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
     taught = {"steps": 2, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
     rest = {"judge_noise": 0.1, "check_every": 1, "stop_at": 1.0, "checkpointing": False, "learn_at": "any step"}
