@@ -116,6 +116,7 @@ def test_nothing_is_left_behind_by_an_error(lab, where):
 )
 def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomputed):
     """None: a workflow saved before the input existed. The machine has far more memory than this takes."""
+    from comfy_api.latest import io
     from comfy_execution.graph import DynamicPrompt
 
     from dual_process.nodes import trainer
@@ -126,7 +127,8 @@ def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomp
     )
     monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
     graph = DynamicPrompt({"7": {"class_type": "DualProcessTrainer", "inputs": {}}})
-    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": {"unique_id": "7", "dynprompt": graph}})
+    hidden = {io.Hidden.unique_id: "7", io.Hidden.dynprompt: graph}
+    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
     inputs = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
     inputs |= {"steps": 1, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
     inputs |= {"judge_noise": 0.1, "check_every": 0, "stop_at": 1.0, "learn_at": "any step", "accumulate": 1}
