@@ -128,7 +128,7 @@ def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomp
     monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
     graph = DynamicPrompt({"7": {"class_type": "DualProcessTrainer", "inputs": {}}})
     hidden = {io.Hidden.unique_id: "7", io.Hidden.dynprompt: graph}
-    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+    clone = trainer.Trainer.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})
     inputs = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
     inputs |= {"steps": 1, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
     inputs |= {"judge_noise": 0.1, "check_every": 0, "stop_at": 1.0, "learn_at": "any step", "accumulate": 1}

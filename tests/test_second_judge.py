@@ -99,7 +99,7 @@ def trained(lab, monkeypatch):
     monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
     graph = DynamicPrompt({"7": {"class_type": "DualProcessTrainer", "inputs": {}}})
     hidden = {io.Hidden.unique_id: "7", io.Hidden.dynprompt: graph}
-    clone = trainer.Trainer.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+    clone = trainer.Trainer.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})
     drawn = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
     taught = {"steps": 2, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
     rest = {"judge_noise": 0.1, "check_every": 1, "stop_at": 1.0, "checkpointing": False, "learn_at": "any step"}
