@@ -350,6 +350,7 @@ def test_standing_is_the_worst_question():
     assert objective.standing([0.9, 0.7, 0.8]) == 0.7
     assert objective.standing([0.9, 0.9, 0.6]) == pytest.approx(0.75)
     assert objective.standing([0.9, 0.95, 0.9]) == 0.9
+    assert objective.start_from([0.5, 0.5, 0.0]).standing([0.9, 0.95, 0.1]) == 0.9, "nothing was there to be kept"
 
 
 def test_a_score_does_not_ask_for_more_than_the_judge_can_give():

@@ -138,9 +138,9 @@ class ComfyStudent:
         if not TOY**2 < height * width < made_for**2 / 2:
             return ""
         return (
-            f"Training at {width}x{height}, while the model is made for about {made_for}x{made_for}: lighter and "
-            "faster, but composition and line weight are learned at this size. Look at pictures in full size; if the "
-            "control is weaker there, continue there from the saved LoRA."
+            f"Training at {width}x{height}, while most models of this kind are made for about {made_for}x{made_for}: "
+            "lighter and faster, but composition and line weight are learned at this size. Look at pictures in full "
+            "size; if the control is weaker there, continue there from the saved LoRA."
         )
 
     def run(self, loop: Callable[[], Result], beside: list[ModelPatcher]) -> Result:

@@ -90,8 +90,8 @@ class Objective:
 
     def standing(self, scores: list[float]) -> float:
         """How well the worst question does, 0..1: its score, or the share that is left of the score to keep."""
-        shares = [
-            min(score / self.before[i], 1.0) if question.keep and self.before else score
-            for i, (question, score) in enumerate(zip(self.questions, scores))
-        ]
+        shares = list(scores)
+        for i, question in enumerate(self.questions):
+            if question.keep and self.before:
+                shares[i] = 1.0 if scores[i] >= self.before[i] else scores[i] / self.before[i]
         return min(shares)
