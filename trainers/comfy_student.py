@@ -27,7 +27,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor, nn
 
 from .checkpointing import Recompute, make_recomputable, one_by_one, prepare_for_backward
-from .comfy_memory import TransformersHolder, gradients, load_for_training, static_clone
+from .comfy_memory import TransformersHolder, gradients, loaded_for_training, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .prompts import single_prompts
@@ -162,7 +162,8 @@ class ComfyStudent:
             extra += model.get_nested_additional_models() + model.model_patches_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
-            load_for_training([model, self.decoder, *beside, *extra], int(memory * TRAINING_MEMORY))
+            models = [model, self.decoder, *beside, *extra]
+            stack.enter_context(loaded_for_training(models, int(memory * TRAINING_MEMORY)))
             self._all_conds = conds
             return model.model, self._conds_of_a_draw(0), extra
 
@@ -176,6 +177,7 @@ class ComfyStudent:
         with ExitStack() as stack:
             stack.enter_context(gradients())
             stack.callback(patched.eject_model)
+            stack.callback(patched.remove_wrappers_with_key, WrappersMP.PREPARE_SAMPLING, KEY)
             self.lora.to(patched.load_device)
             guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
