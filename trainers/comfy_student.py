@@ -19,6 +19,7 @@ import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.hooks import EnumHookType
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
@@ -91,6 +92,12 @@ class ComfyStudent:
             raise ValueError(
                 f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
                 "KSamplerSelect, or use sampler_name."
+            )
+        if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
+            raise ValueError(
+                "A conditioning carries a hook that swaps the model's weights (Create Hook LoRA, Create Hook Model as "
+                "LoRA) between prompts, so gradients would pass through the wrong ones. Take it off, and load that "
+                "LoRA on the model with Load LoRA instead."
             )
         self.model = static_clone(model)
         self.vae, self.decoder = vae, static_clone(vae.patcher)
@@ -305,6 +312,10 @@ class _Loop(comfy.samplers.Sampler):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
+
+
+def _swaps_weights(conditioning: list) -> bool:
+    return any(values["hooks"].get_type(EnumHookType.Weight) for _, values in conditioning if "hooks" in values)
 
 
 def _outside_torch(error: Exception) -> str:
