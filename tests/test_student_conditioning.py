@@ -168,7 +168,7 @@ CASES = [
 
 
 def student_with(lab, feature, name: str, checkpointed: bool = True):
-    settings = {"vae": lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), "checkpointed": checkpointed}
+    settings = {"vae": lab.linear_vae(name), "checkpointed": checkpointed}
     return lab.build_student(name, **{**settings, **feature(lab, name)})
 
 
@@ -206,7 +206,7 @@ def test_changes_the_picture(lab, feature, name):
 def test_is_drawn_with_as_ksampler_does(lab, feature, name):
     import nodes
 
-    vae, negative = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), lab.build_conditioning(name, seed=2)
+    vae, negative = lab.linear_vae(name), lab.build_conditioning(name, seed=2)
 
     def by_ksampler(settings: dict) -> torch.Tensor:
         model = settings.get("model") or lab.build_model(name)

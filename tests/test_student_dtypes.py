@@ -33,7 +33,7 @@ def lab(comfy):
 
 def gradient(lab, name: str, dtype=torch.float32, compute=None, vae_dtype=torch.float32, size=1.0) -> torch.Tensor:
     """The LoRA's gradient of a fixed direction of pictures of some size, all layers in one vector."""
-    model, vae = lab.build_model(name, dtype=dtype, compute=compute), lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    model, vae = lab.build_model(name, dtype=dtype, compute=compute), lab.linear_vae(name)
     vae.vae_dtype = vae_dtype
     vae.first_stage_model.to(vae_dtype)
     student = lab.build_student(name, model, vae=vae)

@@ -130,6 +130,11 @@ class ComfyStudent:
             raise ValueError(
                 f"The VAE decodes video, but {maker} makes pictures. Connect the VAE that belongs to the model."
             )
+        if self.vae.latent_dim == 2 and made.latent_dimensions == 3:
+            raise ValueError(
+                f"The VAE decodes latents without frames, but those of {maker} have them, even for one picture. "
+                "Connect the VAE that belongs to the model."
+            )
         probe = torch.tensor([0.25, 0.5, 0.75])
         low, middle, high = self.vae.process_output(probe.clone()).tolist()
         if abs(low + high - 2 * middle) > 1e-5:
