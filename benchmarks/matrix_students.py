@@ -26,7 +26,7 @@ BEGIN, END = "<!-- students -->", "<!-- /students -->"
 
 def finite_difference(lab, name: str, checkpointed: bool) -> float:
     """Autograd's directional derivative divided by the finite difference, picture to LoRA."""
-    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    vae = lab.linear_vae(name)
     return picture_to_lora_ratio(lab.build_student(name, vae=vae, checkpointed=checkpointed))
 
 

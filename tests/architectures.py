@@ -207,7 +207,7 @@ def build_vae(name: str):
     latent = ARCHITECTURES[name].latent
     channels = latent[1]
     if len(latent) == 5 or channels > 16 or latent[-1] > 8:
-        return LinearVAE(channels)
+        return linear_vae(name)
     weights = comfy.taesd.taesd.TAESD(latent_channels=channels)
     randomise(weights, seed=7, gain=0.5)
     vae = comfy.sd.VAE(sd={**weights.state_dict(), "vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)})
@@ -215,12 +215,17 @@ def build_vae(name: str):
     return vae
 
 
+def linear_vae(name: str):
+    """A ``LinearVAE`` for the architecture's latents."""
+    latent = ARCHITECTURES[name].latent
+    return LinearVAE(latent[1], latent_dim=len(latent) - 2)
+
+
 class LinearVAE:
     """The part of ComfyUI's VAE that the student uses, decoding every latent pixel to one picture pixel."""
 
-    latent_dim = 2
-
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, latent_dim: int = 2):
+        self.latent_dim = latent_dim
         self.latent_channels, self.vae_dtype, self.device = channels, torch.float32, mm.get_torch_device()
         self.first_stage_model = torch.nn.Module()
         mix = torch.randn(3, channels, generator=torch.Generator().manual_seed(9)) / channels**0.5

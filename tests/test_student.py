@@ -31,7 +31,7 @@ def lab(comfy):
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_from_picture_to_lora(lab, name, checkpointed):
-    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])  # TAESD's kinks blur differences; it has its own test
+    vae = lab.linear_vae(name)  # TAESD's kinks blur differences; it has its own test
     student = lab.build_student(name, vae=vae, checkpointed=checkpointed)
     assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
 
@@ -48,7 +48,7 @@ def test_no_target_is_a_layer_that_steers_unless_it_is_named(lab, name):
 
 @pytest.mark.parametrize(("name", "targets"), [("FLUX dev", "_mod"), ("SD3", "adaLN"), ("SD1.5", "emb_layers")])
 def test_gradient_of_layers_that_steer(lab, name, targets):
-    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    vae = lab.linear_vae(name)
     student = lab.build_student(name, vae=vae, targets=targets)
     assert all(targets in path for path in student.lora.paths)
     assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
@@ -57,7 +57,7 @@ def test_gradient_of_layers_that_steer(lab, name, targets):
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ASKED)
 def test_gradient_from_answer_to_lora(lab, name, checkpointed):
-    vae = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    vae = lab.linear_vae(name)
     student, judge = lab.build_student(name, vae=vae, checkpointed=checkpointed), lab.build_judge()
     questions = [Question("Is the line thick?"), Question("Are the colours warm?", "No")]
 
@@ -222,8 +222,13 @@ def test_the_file_is_what_was_trained(lab, name):
 def test_memory_for_decoding_the_whole_batch_is_asked_for(lab, monkeypatch):
     from dual_process.trainers import comfy_student
 
-    asked, load = [], comfy_student.load_for_training
-    monkeypatch.setattr(comfy_student, "load_for_training", lambda p, memory: (asked.append(memory), load(p, memory)))
+    asked, load = [], comfy_student.loaded_for_training
+
+    def record(patchers, memory):
+        asked.append(memory)
+        return load(patchers, memory)
+
+    monkeypatch.setattr(comfy_student, "loaded_for_training", record)
     for decode in (0, 1000):
         student = lab.build_student("SD3", latent=lab.build_latent("SD3", batch=2))
         student.vae.memory_used_decode = lambda shape, dtype, decode=decode: decode
@@ -336,9 +341,10 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
         ComfyStudent(lab.build_model("SD3"), sdxl_vae, [lab.build_conditioning("SD3")], None, lab.build_latent("SD3"),
                      torch.tensor([1.0, 0.0]), comfy.samplers.sampler_object("euler"))  # fmt: skip
     with pytest.raises(ValueError, match="decodes video, but SD3 makes pictures. Connect the VAE"):
-        video_vae = lab.LinearVAE(16)
-        video_vae.latent_dim = 3
-        lab.build_student("SD3", vae=video_vae)
+        lab.build_student("SD3", vae=lab.LinearVAE(16, latent_dim=3))
+    for name in ("Wan still", "Qwen-Image"):
+        with pytest.raises(ValueError, match="without frames.*, even for one picture. Connect the VAE"):
+            lab.build_student(name, vae=lab.build_vae("SD3"))
     with pytest.raises(ValueError, match="no negative"):
         lab.build_student("SD3", negative=None)
     with pytest.raises(ValueError, match="no step"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,16 @@ def flux_guidance(lab, name: str) -> dict:
     return {"positives": [node_helpers.conditioning_set_values(lab.build_conditioning(name), {"guidance": 9.0})]}
 
 
+def options_hook(lab, name: str) -> dict:
+    """A hook that patches the blocks for its own prompt only and leaves weights alone."""
+    import comfy.hooks
+
+    patches = {"patches": {"attn1_output_patch": [lambda n, options: 1.5 * n]}}
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook(patches, comfy.hooks.EnumHookScope.HookedOnly))
+    return {"positives": [comfy.hooks.set_hooks_for_conditioning(lab.build_conditioning(name), hooks)]}
+
+
 def shifted_sampling(lab, name: str) -> dict:
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
 
@@ -152,12 +163,12 @@ CASES = [
     *((feature, name) for feature in (controlnet, area_and_mask, block_patch, users_lora, inpainting, batch, wide)
       for name in ("SD1.5", "SD3", "FLUX dev")),
     *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev")), (flux_guidance, "FLUX dev"),
-    (diffsynth_controlnet, "Qwen-Image"),
+    (options_hook, "SD1.5"), (diffsynth_controlnet, "Qwen-Image"),
 ]  # fmt: skip
 
 
 def student_with(lab, feature, name: str, checkpointed: bool = True):
-    settings = {"vae": lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), "checkpointed": checkpointed}
+    settings = {"vae": lab.linear_vae(name), "checkpointed": checkpointed}
     return lab.build_student(name, **{**settings, **feature(lab, name)})
 
 
@@ -186,12 +197,16 @@ def test_changes_the_picture(lab, feature, name):
 
 @pytest.mark.parametrize(
     ("feature", "name"),
-    [(flux_guidance, "FLUX dev"), *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev"))],
+    [
+        (flux_guidance, "FLUX dev"),
+        (options_hook, "SD1.5"),
+        *((shifted_sampling, name) for name in ("SD1.5", "SD3", "FLUX dev")),
+    ],
 )
 def test_is_drawn_with_as_ksampler_does(lab, feature, name):
     import nodes
 
-    vae, negative = lab.LinearVAE(lab.ARCHITECTURES[name].latent[1]), lab.build_conditioning(name, seed=2)
+    vae, negative = lab.linear_vae(name), lab.build_conditioning(name, seed=2)
 
     def by_ksampler(settings: dict) -> torch.Tensor:
         model = settings.get("model") or lab.build_model(name)
@@ -218,6 +233,50 @@ def test_a_patch_with_tensors_for_drawing_only_is_named(lab, tmp_path, checkpoin
     student = lab.build_student("SD1.5", model, checkpointed=checkpointed)
     with pytest.raises(RuntimeError, match=r"^A patch on the MODEL \(nodes_hypernetwork.py, __call__\) holds tensors"):
         student.run(lambda: student.predict(student.roll(student.noise(1), 1), 1), beside=[])
+
+
+def lora_hook(lab, name: str):
+    """What Create Hook LoRA makes of a file."""
+    import folder_paths
+    from comfy_extras.nodes_hooks import CreateHookLora
+
+    from dual_process.trainers.lora_file import new_lora_path, save_lora
+
+    lora = lab.build_student(name, seed=31).lora
+    give_lora_a_value(lora)
+    path = new_lora_path(Path(folder_paths.get_folder_paths("loras")[0]), "hook")
+    save_lora(lora.export(), path)
+    return CreateHookLora().create_hook(path.name, 1.0, 0.0)[0]
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "FLUX dev"])
+def test_a_hook_that_swaps_weights_is_refused(lab, name):
+    import comfy.model_management as mm
+    from comfy_extras.nodes_hooks import ConditioningSetProperties, SetModelHooksOnCond
+
+    import nodes
+
+    model, hooks = lab.build_model(name), lora_hook(lab, name)
+    bare, other = lab.build_conditioning(name), lab.build_conditioning(name, seed=2)
+    hooked = [
+        SetModelHooksOnCond().attach_hook(bare, hooks)[0],
+        ConditioningSetProperties().set_properties(bare, 1.0, "default", hooks=hooks)[0],
+    ]
+
+    def draw(positive):
+        return nodes.common_ksampler(model, 5, 4, 1.5, "euler", "simple", positive, other, lab.build_latent(name))[0][
+            "samples"
+        ]
+
+    before, with_hook = draw(bare), draw(hooked[0])
+    assert not torch.equal(before, with_hook)
+    mm.unload_all_models()
+    for settings in [*({"positives": [bare, one]} for one in hooked), {"negative": hooked[0]}]:
+        with pytest.raises(ValueError, match="hook that swaps the model's weights .*Load LoRA instead"):
+            lab.build_student(name, model, **settings)
+    assert mm.current_loaded_models == []
+    assert torch.equal(draw(bare), before)
+    assert torch.equal(draw(hooked[0]), with_hook)
 
 
 def test_a_conditioning_that_holds_noise(lab):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from dual_process.tests.gradients import picture_to_lora_ratio
 from dual_process.trainers.dual_process import Settings, train
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.question import Question
@@ -32,7 +33,7 @@ def lab(comfy):
 
 def gradient(lab, name: str, dtype=torch.float32, compute=None, vae_dtype=torch.float32, size=1.0) -> torch.Tensor:
     """The LoRA's gradient of a fixed direction of pictures of some size, all layers in one vector."""
-    model, vae = lab.build_model(name, dtype=dtype, compute=compute), lab.LinearVAE(lab.ARCHITECTURES[name].latent[1])
+    model, vae = lab.build_model(name, dtype=dtype, compute=compute), lab.linear_vae(name)
     vae.vae_dtype = vae_dtype
     vae.first_stage_model.to(vae_dtype)
     student = lab.build_student(name, model, vae=vae)
@@ -77,3 +78,45 @@ def test_two_steps(lab, name, label):
     assert any(not torch.equal(before[key], after[key].cpu()) for key in before)
     for key, value in model.model.state_dict().items():
         assert value.dtype == weights[key].dtype and torch.equal(value.float(), weights[key].float()), key
+
+
+def scaled_fp8(lab, name: str):
+    """A MODEL from a file whose matrices are fp8 with a scale each; newer ComfyUIs hold them as QuantizedTensors."""
+    import comfy.sd
+
+    weights = {key: value.clone() for key, value in lab.build_model(name).model.diffusion_model.state_dict().items()}
+    for key in [key for key, value in weights.items() if "blocks." in key and value.ndim == 2]:
+        scale = weights[key].abs().max() / 448
+        weights[key] = (weights[key] / scale).to(torch.float8_e4m3fn)
+        weights[key.replace(".weight", ".scale_weight")] = scale
+    weights["scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
+    return comfy.sd.load_diffusion_model_state_dict(weights)
+
+
+def test_scaled_fp8(lab):
+    import comfy.sd
+
+    model, vae = scaled_fp8(lab, "SD3"), lab.LinearVAE(16)
+    weight = model.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight
+    assert getattr(weight, "_qdata", weight).dtype == torch.float8_e4m3fn
+    before = lab.sample(model, "SD3")
+    student = lab.build_student("SD3", model, vae=vae)
+    assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
+
+    def draw():
+        return student._guider.inner_model.process_latent_out(student.roll(student.noise(5), 4))
+
+    trained = student.run(draw, beside=[])
+    assert torch.equal(lab.sample(model, "SD3"), before)
+    (applied, _) = comfy.sd.load_lora_for_models(model, None, student.lora.export(), 1.0, 0)
+    drawn = lab.sample(applied, "SD3")
+    assert cosine_similarity((drawn - before).flatten(), (trained - before).flatten(), dim=0) > 0.9
+    assert torch.equal(lab.sample(model, "SD3"), before)
+
+
+def test_comfyui_moves_a_judge_of_scaled_fp8_after_it_was_loaded(lab):
+    from dual_process.trainers.comfy_memory import ManagedJudge
+
+    clip = scaled_fp8(lab, "SD3")
+    ManagedJudge(None, clip).load()
+    clip.model.to("cpu")

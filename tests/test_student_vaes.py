@@ -32,7 +32,7 @@ def weights_of(lab, name: str) -> dict[str, torch.Tensor]:
     """Random weights of the VAE that belongs to an architecture, named as in its file."""
     import comfy.ldm.wan.vae
 
-    if name == "Wan still":
+    if name in ("Wan still", "Qwen-Image"):
         network = comfy.ldm.wan.vae.WanVAE(
             dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
             temperal_downsample=[False, True, True], dropout=0.0,
@@ -62,7 +62,7 @@ def small_student(lab, name: str, side: int = 4):
     return lab.build_student(name, vae=vae, latent=latent)
 
 
-@pytest.mark.parametrize("name", ["SD1.5", "FLUX dev", "FLUX.2", "Wan still"])
+@pytest.mark.parametrize("name", ["SD1.5", "FLUX dev", "FLUX.2", "Wan still", "Qwen-Image"])
 def test_gradient_through_a_published_vae(lab, name):
     """From latent to pixels and from LoRA to pixels; what is decoded is what VAE Decode shows, before and after."""
     import nodes

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 
@@ -37,7 +39,7 @@ class ManagedJudge:
 
     def load(self) -> None:
         """Bring the judge to the compute device."""
-        load_for_training([self.patcher])
+        load_whole([self.patcher])
 
 
 @contextmanager
@@ -72,11 +74,11 @@ def static_clone(patcher: ModelPatcher) -> ModelPatcher:
     return patcher.clone(disable_dynamic=True)
 
 
-def load_for_training(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
-    """Load all models together, whole, so that none evicts another, frozen and free of inference tensors.
+def load_whole(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
+    """Load all models together, whole, so that none evicts another.
 
     Args:
-        patchers: the models the run needs at the same time.
+        patchers: the models that are needed at the same time.
         memory_required: bytes to keep free for activations.
     Raises:
         RuntimeError: a model does not fit whole on the device.
@@ -90,23 +92,47 @@ def load_for_training(patchers: list[ModelPatcher], memory_required: int = 0) ->
                 f"{patcher.load_device} beside the other models. Use a smaller or quantised model or judge, "
                 "or start ComfyUI without --lowvram / --novram."
             )
-        make_trainable_through(patcher.model)
+
+
+@contextmanager
+def loaded_for_training(patchers: list[ModelPatcher], memory_required: int = 0):
+    """As ``load_whole``, the models frozen and free of inference tensors for as long as the context lasts."""
+    load_whole(patchers, memory_required)
+    try:
+        for patcher in patchers:
+            make_trainable_through(patcher.model)
+        yield
+    finally:
+        for patcher in patchers:
+            make_movable(patcher.model)
 
 
 def make_trainable_through(root: nn.Module) -> None:
     """Freeze every parameter and replace inference tensors, which cannot be saved for backward, by normal copies."""
-    copies: dict[int, Tensor] = {}  # tied weights stay tied
+    _replace_parameters(root, _refused_by_autograd, _copy)
     for module in root.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and _refused_by_autograd(parameter):
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(_copy(parameter), requires_grad=False)
-                module._parameters[name] = copies[id(parameter)]
         _copy_tensors(module._buffers)
         _copy_tensors(vars(module))
     if hasattr(root, "latent_format"):
         _copy_tensors(vars(root.latent_format))
     root.requires_grad_(False)
+
+
+def make_movable(root: nn.Module) -> None:
+    """Make quantised weights inference tensors again: torch detaches no normal ones of that class in inference mode,
+    which ComfyUI does as it moves them."""
+    with torch.inference_mode():
+        _replace_parameters(root, lambda p: isinstance(p, QuantizedTensor) and not p.is_inference(), Tensor.clone)
+
+
+def _replace_parameters(root: nn.Module, wanted: Callable[[Tensor], bool], copy: Callable[[Tensor], Tensor]) -> None:
+    copies: dict[int, Tensor] = {}  # tied weights stay tied
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and wanted(parameter):
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(copy(parameter), requires_grad=False)
+                module._parameters[name] = copies[id(parameter)]
 
 
 def _copy_tensors(values: dict) -> None:

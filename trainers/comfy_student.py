@@ -19,6 +19,7 @@ import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.hooks import EnumHookType
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
@@ -27,7 +28,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor, nn
 
 from .checkpointing import Recompute, make_recomputable, one_by_one, prepare_for_backward
-from .comfy_memory import TransformersHolder, gradients, load_for_training, static_clone
+from .comfy_memory import TransformersHolder, gradients, loaded_for_training, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .prompts import single_prompts
@@ -92,6 +93,12 @@ class ComfyStudent:
                 f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
                 "KSamplerSelect, or use sampler_name."
             )
+        if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
+            raise ValueError(
+                "A conditioning carries a hook that swaps the model's weights (Create Hook LoRA, Create Hook Model as "
+                "LoRA) between prompts, so gradients would pass through the wrong ones. Take it off, and load that "
+                "LoRA on the model with Load LoRA instead."
+            )
         self.model = static_clone(model)
         self.vae, self.decoder = vae, static_clone(vae.patcher)
         self.decoder.model.to(vae.vae_dtype)  # ComfyUI reads a clone anew in the file's format
@@ -122,6 +129,11 @@ class ComfyStudent:
         if self.vae.latent_dim == 3 and made.latent_dimensions == 2:
             raise ValueError(
                 f"The VAE decodes video, but {maker} makes pictures. Connect the VAE that belongs to the model."
+            )
+        if self.vae.latent_dim == 2 and made.latent_dimensions == 3:
+            raise ValueError(
+                f"The VAE decodes latents without frames, but those of {maker} have them, even for one picture. "
+                "Connect the VAE that belongs to the model."
             )
         probe = torch.tensor([0.25, 0.5, 0.75])
         low, middle, high = self.vae.process_output(probe.clone()).tolist()
@@ -162,7 +174,8 @@ class ComfyStudent:
             extra += model.get_nested_additional_models() + model.model_patches_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
             memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
-            load_for_training([model, self.decoder, *beside, *extra], int(memory * TRAINING_MEMORY))
+            models = [model, self.decoder, *beside, *extra]
+            stack.enter_context(loaded_for_training(models, int(memory * TRAINING_MEMORY)))
             self._all_conds = conds
             return model.model, self._conds_of_a_draw(0), extra
 
@@ -176,6 +189,7 @@ class ComfyStudent:
         with ExitStack() as stack:
             stack.enter_context(gradients())
             stack.callback(patched.eject_model)
+            stack.callback(patched.remove_wrappers_with_key, WrappersMP.PREPARE_SAMPLING, KEY)
             self.lora.to(patched.load_device)
             guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
@@ -303,6 +317,10 @@ class _Loop(comfy.samplers.Sampler):
             self.result = self.loop()
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
+
+
+def _swaps_weights(conditioning: list) -> bool:
+    return any(values["hooks"].get_type(EnumHookType.Weight) for _, values in conditioning if "hooks" in values)
 
 
 def _outside_torch(error: Exception) -> str:
