@@ -14,15 +14,6 @@ reference = pytest.importorskip("dual_process.tests.reference_algorithm", reason
 
 
 @pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
-@pytest.fixture
 def build(lab):
     """Name of an architecture -> its diffusion model, and its LoRA (with a value) as the trainer's node hands it on."""
     from dual_process.trainers.diffusers_lora import diffusers_names

@@ -6,22 +6,11 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-import torch
 from safetensors import safe_open
 
 from dual_process.trainers.lora_file import VERSION, TrainedLoRA, new_lora_path, save_lora
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
 
 
 def read_back(lab, name: str, folder: Path) -> tuple[dict[str, str], object]:

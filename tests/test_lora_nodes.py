@@ -13,15 +13,6 @@ from dual_process.trainers.lora_file import save_lora
 
 
 @pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
-@pytest.fixture
 def loras(comfy):
     """ComfyUI's models/loras."""
     import folder_paths

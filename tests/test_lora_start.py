@@ -10,15 +10,6 @@ from dual_process.tests.gradients import give_lora_a_value
 NAMES = ["SDXL", "FLUX dev", "Z-Image"]
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def learned(lab, name: str) -> dict[str, torch.Tensor]:
     """The file of a LoRA that does something."""
     lora = lab.build_student(name).lora

@@ -18,15 +18,6 @@ from dual_process.vlm.question import Question
 GOAL = Objective([Question("Is the line thick?"), Question("Are the colours warm?", "No")])
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def a_pass(student, judge) -> tuple[int, list[torch.Tensor]]:
     """Peak bytes and the gradients of a pass as the student is set."""
     student.use_prompt(0)
@@ -114,29 +105,10 @@ def test_nothing_is_left_behind_by_an_error(lab, where):
         (False, "always", False, False),
     ],
 )
-def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomputed):
+def test_on_the_node(lab, trained, checkpointing, recompute, planned, recomputed):
     """None: a workflow saved before the input existed. The machine has far more memory than this takes."""
-    from comfy_api.latest import io
-    from comfy_execution.graph import DynamicPrompt
-
-    from dual_process.nodes import trainer
-
-    shown = []
-    server = SimpleNamespace(
-        client_id=None, send_sync=lambda *_: None, send_progress_text=lambda text, node: shown.append(text)
-    )
-    monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
-    graph = DynamicPrompt({"7": {"class_type": "DualProcessTrainer", "inputs": {}}})
-    hidden = {io.Hidden.unique_id: "7", io.Hidden.dynprompt: graph}
-    clone = trainer.Trainer.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})
-    inputs = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
-    inputs |= {"steps": 1, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
-    inputs |= {"judge_noise": 0.1, "check_every": 0, "stop_at": 1.0, "learn_at": "any step", "accumulate": 1}
-    inputs |= {"targets": "", "self_check": False, "continue_from": trainer.NEW_LORA, "checkpointing": checkpointing}
-    inputs |= {"model": lab.build_model("SD3"), "vae": lab.build_vae("SD3"), "latent": lab.build_latent("SD3")}
-    inputs |= {"positive": lab.build_conditioning("SD3"), "questions": GOAL.questions, "judge": lab.build_judge()}
-    inputs |= {"recompute": recompute} if recompute else {}
-    output = clone.EXECUTE_NORMALIZED(**inputs)
+    chosen = {"recompute": recompute} if recompute else {}
+    output, shown = trained(judge=lab.build_judge(), steps=1, check_every=0, checkpointing=checkpointing, **chosen)
     header = output.result[0].metadata
     story = json.loads(header["dual_process"])
     assert shown[0].startswith("Keeping everything: a step takes about") == planned

@@ -44,15 +44,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
-@pytest.fixture
 def told(lab):
     """Reports of runs with a tiny SD3 and two questions; a function of the settings and the number of judges."""
     from dual_process.trainers.dual_process import Settings, train

@@ -73,46 +73,6 @@ def test_training_ends_when_both_hold():
     assert len(teach(Shifted(0.3), dark, held=0.7)[1].loss) > 0
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
-@pytest.fixture
-def trained(lab, monkeypatch):
-    """Runs the trainer's node with a tiny SD3 for two steps; returns its output and the lines it showed."""
-    from types import SimpleNamespace
-
-    from comfy_api.latest import io
-    from comfy_execution.graph import DynamicPrompt
-
-    from dual_process.nodes import trainer
-
-    shown = []
-    server = SimpleNamespace(
-        client_id=None, send_sync=lambda *_: None, send_progress_text=lambda text, node: shown.append(text)
-    )
-    monkeypatch.setattr(trainer, "PromptServer", SimpleNamespace(instance=server))
-    graph = DynamicPrompt({"7": {"class_type": "DualProcessTrainer", "inputs": {}}})
-    hidden = {io.Hidden.unique_id: "7", io.Hidden.dynprompt: graph}
-    clone = trainer.Trainer.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})
-    drawn = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
-    taught = {"steps": 2, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
-    rest = {"judge_noise": 0.1, "check_every": 1, "stop_at": 1.0, "checkpointing": False, "learn_at": "any step"}
-    last = {"accumulate": 1, "targets": "", "self_check": False, "continue_from": trainer.NEW_LORA}
-
-    def run(**judges):
-        parts = {"model": lab.build_model("SD3"), "vae": lab.build_vae("SD3"), "latent": lab.build_latent("SD3")}
-        parts |= {"positive": lab.build_conditioning("SD3"), "questions": [Question("Is the line <b>thick</b>?")]}
-        return clone.EXECUTE_NORMALIZED(**parts, **drawn, **taught, **rest, **last, **judges), shown
-
-    return run
-
-
 def test_the_node_loads_it_through_comfyui_says_it_and_writes_it_down(lab, trained):
     import json
 

@@ -10,15 +10,6 @@ from dual_process.trainers.sheet import GAP
 
 
 @pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
-@pytest.fixture
 def sheet(lab):
     """Runs the node on a tiny SD3; a function of the inputs to change."""
     from dual_process.nodes.lora import FROM_TRAINER

@@ -19,15 +19,6 @@ ALL = [
 ASKED = ["SD1.5", "SDXL", "SD3", "FLUX dev", "Z-Image"]
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_from_picture_to_lora(lab, name, checkpointed):

@@ -11,15 +11,6 @@ import torch
 from dual_process.tests.gradients import give_lora_a_value, picture_to_lora_ratio
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def tiny_controlnet(lab, name: str):
     """A ControlNet with random weights from ComfyUI's own classes, for SD1.5, SD3 or FLUX."""
     import comfy.cldm.cldm

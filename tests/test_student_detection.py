@@ -63,12 +63,8 @@ FILES = {
 
 
 @pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
+def lab(lab):
+    yield lab
     gc.collect()  # gigabytes hang in cycles
 
 

@@ -22,15 +22,6 @@ FORMATS = {  # weights, computation, least cosine of the gradient; fp8 and bf16 
 }
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def gradient(lab, name: str, dtype=torch.float32, compute=None, vae_dtype=torch.float32, size=1.0) -> torch.Tensor:
     """The LoRA's gradient of a fixed direction of pictures of some size, all layers in one vector."""
     model, vae = lab.build_model(name, dtype=dtype, compute=compute), lab.linear_vae(name)

@@ -18,15 +18,6 @@ if "GGUF_PACK" not in os.environ:
 
 
 @pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
-@pytest.fixture
 def load(lab, monkeypatch):
     """The pack's Unet Loader on a new file of the tiny SD3, matrices in the format that is asked for."""
     folder = Path(os.environ["GGUF_PACK"])

@@ -14,15 +14,6 @@ from dual_process.trainers.self_check import check_gradients
 STOCK = "Load Diffusion Model or Load Checkpoint"
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def test_compiled_by_the_stock_node(lab):
     """It is trained as it was before the node, which compiles for minutes; what was compiled stays the user's."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
@@ -86,8 +77,9 @@ def test_layers_of_packed_weights(lab):
         lab.build_student("Qwen-Image", model)
 
 
-def test_memory_that_moves_while_the_model_runs(lab):
-    """ComfyUI's dynamic VRAM exists on a GPU only, so its MODEL is imitated."""
+@pytest.fixture
+def Dynamic(comfy):
+    """A ModelPatcher whose weights move while the model runs, as ComfyUI's dynamic VRAM makes it on a GPU."""
     from comfy.model_patcher import ModelPatcher
 
     if "disable_dynamic" not in inspect.signature(ModelPatcher.clone).parameters:
@@ -97,6 +89,10 @@ def test_memory_that_moves_while_the_model_runs(lab):
         def is_dynamic(self):
             return True
 
+    return Dynamic
+
+
+def test_memory_that_moves_while_the_model_runs(lab, Dynamic):
     stock = lab.build_model("SD3")
     model = Dynamic(stock.model, stock.load_device, stock.offload_device)
     with pytest.raises(ValueError, match=f"loader of SD3 .*{STOCK}, .*or start ComfyUI with --disable-dynamic-vram"):
@@ -109,17 +105,8 @@ def test_memory_that_moves_while_the_model_runs(lab):
     student.run(lambda: check_gradients(student), beside=[])
 
 
-def test_a_vae_whose_memory_moves(lab):
+def test_a_vae_whose_memory_moves(lab, Dynamic):
     """As Load VAE makes it on a GPU; it is read anew, in the format of its file."""
-    from comfy.model_patcher import ModelPatcher
-
-    if "disable_dynamic" not in inspect.signature(ModelPatcher.clone).parameters:
-        pytest.skip("this ComfyUI has no dynamic VRAM")
-
-    class Dynamic(ModelPatcher):
-        def is_dynamic(self):
-            return True
-
     vae, file = lab.LinearVAE(16), lab.LinearVAE(16)
     file.first_stage_model.double()
     vae.patcher = Dynamic(vae.first_stage_model, vae.device, vae.device)

@@ -27,15 +27,6 @@ NAMES = {  # of our layers in a double block -> theirs, fused or not
 }
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 class Pair:
     """The tiny FLUX schnell as a ComfyUI student and as a diffusers model, with the same LoRA and the same judge."""
 

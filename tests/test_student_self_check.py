@@ -14,15 +14,6 @@ ALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def check(student) -> None:
     student.run(lambda: check_gradients(student), beside=[])
 

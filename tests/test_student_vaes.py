@@ -8,15 +8,6 @@ import torch
 from dual_process.tests.gradients import derivative_ratio, picture_to_lora_ratio
 
 
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
-
-
 def autoencoder_kl(channels: int, batch_norm: bool = False) -> torch.nn.Module:
     """ComfyUI recognises only the true width of Stable Diffusion's autoencoder: 84 M parameters."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
