@@ -6,12 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dual_process.tests.test_student import ALL
 from dual_process.trainers.self_check import check_gradients
-
-ALL = [
-    "SD1.5", "SDXL", "SD3", "FLUX dev", "FLUX schnell", "Chroma", "FLUX.2", "Lumina 2", "Z-Image", "Qwen-Image",
-    "Wan still", "HiDream", "PixArt",
-]  # fmt: skip
 
 
 def check(student) -> None:
