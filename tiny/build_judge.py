@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 LOOK_STEPS, STEPS, FINISH_STEPS, SCENES, ASKED, PEAK_RATE = 400, 1800, 1200, 32, 3, 1.5e-3
 SLOPE = 0.2  # weight of the distance between log-odds and wanted log-odds
 ATTACK = 2.0  # L2 distance over all channels and pixels
+POOL = 4096  # pictures that came through the generator
 EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 3.0, 5.5, -5.0  # wanted log-odds at the gap's edge, at the far end, of a ruin
 
 
@@ -113,7 +114,7 @@ class Pictures:
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.pool = device, pool
 
-    def _pick(self, choices: dict[str, Ruin]) -> Ruin:
+    def pick(self, choices: dict[str, Ruin]) -> Ruin:
         return list(choices.values())[int(torch.randint(0, len(choices), (), generator=self.generator))]
 
     def _factors(self, count: int) -> Tensor:
@@ -142,11 +143,23 @@ class Pictures:
             u[1::2], images[1::2] = self.pool[0][rows], self.pool[1][rows]
         ruined = torch.arange(count, device=self.device) < count * 7 // 16
         for row in range(int(ruined.sum())):
-            images[row:row + 1] = self._pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
-        for part in torch.randperm(count, generator=g).split(4)[: count // 4 * 3 // 4]:
-            for _ in range(int(torch.randint(1, 3, (), generator=g))):
-                images[part] = self._pick(DISTURBANCES)(images[part], g)
+            images[row:row + 1] = self.pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
+        self.disturb(images, 3 / 4, 2)
         return images, u, ruined
+
+    def undisturbed(self, count: int) -> Tensor:
+        """Scenes [B, 3, 64, 64], every second one out of the pool."""
+        images = self._render(self._factors(count))
+        rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=self.generator).to(self.device)
+        images[1::2] = self.pool[1][rows]
+        return images
+
+    def disturb(self, images: Tensor, share: float, most: int) -> None:
+        """Disturb ``share`` of the pictures in place, four alike, each 1 to ``most`` times."""
+        g, fours = self.generator, len(images) // 4
+        for part in torch.randperm(len(images), generator=g).split(4)[: round(fours * share)]:
+            for _ in range(int(torch.randint(1, most + 1, (), generator=g))):
+                images[part] = self.pick(DISTURBANCES)(images[part], g)
 
 
 def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
@@ -178,12 +191,7 @@ def attacked(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Te
     rows = torch.randperm(len(images), generator=generator)[: len(images) // 2].to(images.device)
     moved = images[rows].clone().requires_grad_()
     loss, _, _ = _loss(model, prompts, (moved, u[rows], ruined[rows]), asked[rows], ids)
-    (gradient,) = torch.autograd.grad(loss, moved)
-    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
-    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-    images = images.clone()
-    images[rows] = (images[rows] + step).clamp(0, 1)
-    return images, u, ruined
+    return moved_to_err(images, rows, moved, loss, generator), u, ruined
 
 
 def learn_to_look(model: nn.Module, pictures: Pictures, steps: int) -> None:
@@ -257,10 +265,10 @@ def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder
             log.info("judge %d/%d loss %.3f right %.3f %.0f s",
                      step, steps, loss.item(), right.item(), time.time() - start)
         if step % 500 == 499 or step == steps - 1:
-            _save_average(average, processor, model, folder)
+            save_average(average, processor, model, folder)
 
 
-def _save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
+def save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
     """Save the averaged weights; ``model`` keeps its own."""
     averaged = new_model(processor)
     average.copy_to(averaged)
@@ -268,17 +276,27 @@ def _save_average(average: Average, processor: Any, model: nn.Module, folder: Pa
 
 
 def finish_judge(first: Path, folder: Path, student: Path, vae: nn.Module, device: str,
-                 steps: int = FINISH_STEPS) -> dict[str, float]:
+                 steps: int = FINISH_STEPS, pool: int = POOL) -> dict[str, float]:
     """Go on with the judge in ``first``, half of the scenes now seen through the student in folder ``student``."""
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(13)
     start = time.time()
-    pictures = Pictures(13, device, half_denoised(Student(student, device), vae, 4096, seed=11))
+    pictures = Pictures(13, device, half_denoised(Student(student, device), vae, pool, seed=11))
     model = AutoModelForImageTextToText.from_pretrained(first, dtype=torch.float32).to(device).train()
     learn_to_answer(model, new_processor(), pictures, folder, steps, finish=True)
     sharpened = sharpen(folder, device)
     return {"seconds": time.time() - start, "sharpened": sharpened}
+
+
+def moved_to_err(images: Tensor, rows: Tensor, moved: Tensor, loss: Tensor, generator: torch.Generator) -> Tensor:
+    """``images`` with ``rows`` replaced by ``moved`` after a step of length 0 to `ATTACK` that raises ``loss``."""
+    (gradient,) = torch.autograd.grad(loss, moved)
+    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
+    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+    images = images.clone()
+    images[rows] = (images[rows] + step).clamp(0, 1)
+    return images
 
 
 def main_odds(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: Tensor) -> Tensor:
