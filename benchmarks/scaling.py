@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dual_process.benchmarks.memory import peaks
+from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import Pair, flux, random_pair, smol_judge, start_comfyui
-from dual_process.benchmarks.ways import ANCHORED, Ours, interleaved, machine, report
+from dual_process.benchmarks.ways import ANCHORED, Ours, interleaved, machine, peaks, report
 
 SIZES = {
     "image side": [256, 384, 512, 768, 1024],
@@ -49,7 +49,7 @@ def sweep(name: str, values: list[int], repeats: int) -> dict:
     )
     measured = {
         "cpu_seconds": [taken[value]["cpu_seconds"] for value in values],
-        "peak_mb": [peaks(step)["whole"] for step in steps.values()],
+        "peak_mb": [peaks(step)["whole"] / MB for step in steps.values()],
     }
     return {"sizes": values, **measured, "exponents": {what: exponent(values, measured[what]) for what in WHAT}}
 

@@ -55,7 +55,7 @@ def test_the_published_way_teaches_the_same(pair):
 
 
 def test_live_memory_by_hand():
-    from dual_process.benchmarks.memory import LiveMemory
+    from dual_process.trainers.live_memory import LiveMemory
 
     weight = torch.ones(256, 256)
     with LiveMemory() as memory:
