@@ -12,8 +12,8 @@ the rollout before them: 1 is the same cost, and *about* the same means within a
   peak is free (``bench memory``). ``checkpointed``: everything recomputed, which is the least memory. ``default``: as
   automatic, and with the anchor, as the trainer is set by default. The others are without anchor.
 * ``..._over_ideal``: one question, against bare forward and backward of generator, VAE and judge on the same tensors.
-* ``..._over_published``: three questions, against one graph from the answers to the LoRA, with a whole pass of the judge
-  for each question.
+* ``..._over_published``: three questions, against one graph from the answers to the LoRA, with a whole pass of the
+  judge for each question.
 * ``outside_torch``: share of the default step that is spent in neither a torch operator nor the preparation of pictures
   for the judge.
 """
@@ -87,7 +87,7 @@ def equal_cost() -> Pair:
 
 
 def generator_dominates() -> Pair:
-    """The same generator with a judge of a tenth of its cost."""
+    """The same generator with a judge of about a fifth of its cost."""
     return random_pair("generator dominates", sd3(9), smol_judge((2, 192), (4, 192), 512), 256)
 
 

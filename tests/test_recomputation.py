@@ -94,7 +94,7 @@ def test_a_vae_gives_the_same_gradient(comfy, build):
 
 @pytest.mark.parametrize("kept", [frozenset(), {WHOLE_VAE}, {Block("VAE", 0), Block("VAE", 2)}])
 def test_a_batch_is_decoded_in_groups(comfy, kept):
-    """Of seven pictures: the same pictures and gradient whatever is kept, and nothing is held where nothing is to be."""
+    """Of seven pictures: the same pictures and gradient whatever is kept, and nothing held where all is recomputed."""
     from dual_process.tests.architectures import randomise
     from dual_process.trainers.live_memory import LiveMemory
 

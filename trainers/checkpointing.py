@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 from .forward_override import override_forward
 from .lora import CONTAINERS, repeated_blocks
 
-
 GENERATOR, DECODER, JUDGE = "model", "VAE", "judge"
 GROUPS = 4  # in which a batch is decoded where not everything is kept
 

@@ -60,8 +60,8 @@ class ComfyStudent:
         sampler: ComfyUI SAMPLER that walks them.
         cfg: classifier-free guidance scale.
         rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
-        checkpointed: recompute blocks in backward; less memory, about a third more time. ``recompute`` may change it
-            while the student runs.
+        checkpointed: recompute every block in backward; least memory, about half as much time again. ``recompute`` may
+            change it, block by block, while the student runs.
         start: tensors of a LoRA file to go on from, see ``lora_start.start_from``.
     Raises:
         ValueError: inputs that do not fit together, before anything is loaded.

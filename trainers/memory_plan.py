@@ -1,8 +1,8 @@
 """What a training step will hold in memory, and which blocks have to be recomputed for it to fit.
 
 One pass is rehearsed in which every block is recomputed, and the bytes of living tensors are counted after every
-operator. What a block holds while it is recomputed is what it would have held all along if kept, so the same pass can be
-told again with any blocks kept: no formula per model, and never more memory than recomputing everything takes.
+operator. What a block holds while it is recomputed is what it would have held all along if kept, so the same pass can
+be told again with any blocks kept: no formula per model, and the rehearsal takes as little memory as a step can.
 """
 
 from __future__ import annotations
