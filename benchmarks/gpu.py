@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dual_process.benchmarks.memory import MB, LiveMemory
+from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pair, smol_judge, start_comfyui
 from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine, report
+from dual_process.trainers.live_memory import LiveMemory
 
 QUESTIONS = 3
 QWEN_TOWER = dict(

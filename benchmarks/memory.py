@@ -7,9 +7,8 @@ numbers neither depend on the machine nor on its allocator; scratch space inside
 questions; the pairs are those of ``bench step``. The LoRA's gradients are in, its optimiser's state is not (it is the
 same in every way, and made by the first step).
 
-* ``automatic``: the trainer's default settings where the device has ``TIGHT`` of the published way's peak free.
-* ``predicted``: what the trainer foresees for ``plain`` and ``checkpointed`` before the first step, from one pass with
-  recomputation.
+The ways are those of ``bench step``; ``..._predicted_over_measured`` compares with what the trainer foresees before the
+first step, from one pass in which everything is recomputed.
 """
 
 from __future__ import annotations
@@ -20,50 +19,37 @@ from pathlib import Path
 import torch
 
 from dual_process.benchmarks.pairs import Pair, start_comfyui
-from dual_process.benchmarks.step import PAIRS, QUESTIONS, compare_all
-from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine
-from dual_process.trainers.live_memory import LiveMemory
-from dual_process.trainers.memory_plan import MemoryPlan, predicted_peaks
+from dual_process.benchmarks.step import PAIRS, QUESTIONS, TIGHT, compare_all
+from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine, peaks
 
 MB = 2**20
-TIGHT = 0.4
-
-
-def peaks(way: Ours) -> dict[str, float]:
-    """Megabytes at the peak of each phase of a step, and of the whole step; an earlier step has warmed up."""
-    way.run(0)
-    memory = LiveMemory()
-    way.run(0, lambda: memory, memory.entered)
-    found = {phase: peak / MB for phase, peak in memory.peaks.items() if phase}
-    return {"whole": memory.peak / MB, **found}
-
-
-def predicted(way: Ours) -> dict[str, float]:
-    """Megabytes at the peak of a step that the trainer foresees."""
-    student = way.student
-    found = student.run(
-        lambda: predicted_peaks(student, way.judge.judge, way.objective, way.settings), beside=[way.judge.patcher]
-    )
-    return {name: peak / MB for name, peak in zip(("plain", "checkpointed"), found)}
 
 
 def compare(pair: Pair) -> dict:
     """Peaks of all ways to take a step with three questions, and their ratios."""
     ways = {
+        "published": Published(pair, QUESTIONS),
         "plain": Ours(pair, QUESTIONS, checkpointed=False),
+        "automatic": Ours(pair, QUESTIONS, checkpointed=True),
         "checkpointed": Ours(pair, QUESTIONS, checkpointed=True),
         "default": Ours(pair, QUESTIONS, checkpointed=True, settings=ANCHORED),
-        "published": Published(pair, QUESTIONS),
     }
-    found = {name: peaks(way) for name, way in ways.items()}
-    foreseen = predicted(ways["plain"])
+    found = {"published": peaks(ways["published"])}
     free = TIGHT * found["published"]["whole"]
-    recomputes = MemoryPlan(foreseen["plain"], foreseen["checkpointed"], free).recompute
-    found["automatic"] = peaks(Ours(pair, QUESTIONS, recomputes, ANCHORED))
+    plan = ways["automatic"].settle(free)
+    anchored = ways["default"].settle(free)
+    found |= {name: peaks(way) for name, way in ways.items() if name not in found}
     whole = {name: one["whole"] for name, one in found.items()}
-    ratios = {f"{name}_over_published": whole[name] / whole["published"] for name in whole if name != "published"}
+    foreseen = {"plain": plan.keeping, "automatic": plan.chosen, "checkpointed": plan.recomputing}
+    foreseen["default"] = anchored.chosen
+    ratios = {f"{name}_over_published": whole[name] / whole["published"] for name in foreseen}
     ratios |= {f"{name}_predicted_over_measured": foreseen[name] / whole[name] for name in foreseen}
-    return {"peak_mb": found, "predicted_mb": foreseen, "ratios": ratios}
+    return {
+        "peak_mb": {name: {phase: size / MB for phase, size in one.items()} for name, one in found.items()},
+        "predicted_mb": {name: size / MB for name, size in foreseen.items()},
+        "chosen": {"automatic": plan.sentence(), "default": anchored.sentence()},
+        "ratios": ratios,
+    }
 
 
 def main() -> None:

@@ -3,14 +3,17 @@
     python3 dev.py bench step --json step.json
 
 Ratios of CPU seconds, medians of steps taken in turn, on the bundled models and on random ones of about 100 M
-parameters: SD3's form and SmolVLM's, 256 px; one pair where generator and judge cost about the same, one where the
-generator dominates.
+parameters each for generator and judge: SD3's form and SmolVLM's, 256 px, seen by the judge as 64 tokens, as SmolVLM
+does; one pair where generator and judge cost about the same, one where the generator dominates.
+``judge_over_generator`` is the judge's bare forward and backward with one question over those of generator and VAE with
+the rollout before them: 1 is the same cost, and *about* the same means within a fifth of it.
 
-* ``plain_over_ideal``, ``checkpointed_over_ideal``: one question, no anchor, against bare forward and backward of
-  generator, VAE and judge on the same tensors.
-* ``default_over_ideal``: as the trainer is set by default, with checkpointing and anchor.
-* ``plain_over_published``, ``checkpointed_over_published``, ``default_over_published``: three questions, against one
-  graph from the answers to the LoRA, with a whole pass of the judge for each question.
+* ``plain``: everything kept. ``automatic``: recomputed what the trainer chooses where ``TIGHT`` of the published way's
+  peak is free (``bench memory``). ``checkpointed``: everything recomputed, which is the least memory. ``default``: as
+  automatic, and with the anchor, as the trainer is set by default. The others are without anchor.
+* ``..._over_ideal``: one question, against bare forward and backward of generator, VAE and judge on the same tensors.
+* ``..._over_published``: three questions, against one graph from the answers to the LoRA, with a whole pass of the
+  judge for each question.
 * ``outside_torch``: share of the default step that is spent in neither a torch operator nor the preparation of pictures
   for the judge.
 """
@@ -24,31 +27,45 @@ from pathlib import Path
 import torch
 
 from dual_process.benchmarks.pairs import Pair, bundled, parameters, random_pair, sd3, smol_judge, start_comfyui
-from dual_process.benchmarks.ways import ANCHORED, Ideal, Ours, Published, interleaved, machine, outside_torch, report
+from dual_process.benchmarks.ways import (
+    ANCHORED,
+    Ideal,
+    Ours,
+    Published,
+    interleaved,
+    machine,
+    outside_torch,
+    peaks,
+    report,
+)
 
 QUESTIONS = 3
+TIGHT = 0.4
 
 
 def compare(pair: Pair, repeats: int) -> dict:
     """Seconds of all ways to take a step, and the ratios of their CPU seconds."""
-    ideal = Ideal(pair)
-    steps = {
-        "plain": Ours(pair, 1, checkpointed=False),
-        "checkpointed": Ours(pair, 1, checkpointed=True),
-        "default": Ours(pair, 1, checkpointed=True, settings=ANCHORED),
-        "plain, three questions": Ours(pair, QUESTIONS, checkpointed=False),
-        "checkpointed, three questions": Ours(pair, QUESTIONS, checkpointed=True),
-        "default, three questions": Ours(pair, QUESTIONS, checkpointed=True, settings=ANCHORED),
-        "published, three questions": Published(pair, QUESTIONS),
-    }
+    ideal, published = Ideal(pair), Published(pair, QUESTIONS)
+    free = TIGHT * peaks(published)["whole"]
+    steps, plans = {"published, three questions": published}, {}
+    for count, asked in ((1, ""), (QUESTIONS, ", three questions")):
+        steps |= {
+            f"plain{asked}": Ours(pair, count, checkpointed=False),
+            f"automatic{asked}": Ours(pair, count, checkpointed=True),
+            f"checkpointed{asked}": Ours(pair, count, checkpointed=True),
+            f"default{asked}": Ours(pair, count, checkpointed=True, settings=ANCHORED),
+        }
+        plans |= {f"{name}{asked}": steps[f"{name}{asked}"].settle(free) for name in ("automatic", "default")}
     ways = {name: lambda measured, step=step: step.run(0, measured) for name, step in steps.items()}
     taken = interleaved({"ideal": ideal.run, **ways}, repeats)
     cpu = {name: one["cpu_seconds"] for name, one in taken.items()}
     ratios = {}
-    for name in ("plain", "checkpointed", "default"):
+    for name in ("plain", "automatic", "checkpointed", "default"):
         ratios[f"{name}_over_ideal"] = cpu[name] / cpu["ideal"]
         ratios[f"{name}_over_published"] = cpu[f"{name}, three questions"] / cpu["published, three questions"]
     ratios["outside_torch"] = outside_torch(steps["default"])
+    bare = ideal.seconds_of_each()
+    ratios["judge_over_generator"] = bare["judge"] / (bare["generator"] + bare["VAE"])
     student = steps["plain"].student
     return {
         "parameters": {
@@ -57,20 +74,21 @@ def compare(pair: Pair, repeats: int) -> dict:
             "judge": parameters(pair.judge.judge.model),
             "LoRA": parameters(student.lora),
         },
-        "bare_forward_cpu_seconds": ideal.forward_seconds(),
+        "bare_cpu_seconds": bare,
+        "chosen": {name: plan.sentence() for name, plan in plans.items()},
         "steps": taken,
         "ratios": ratios,
     }
 
 
 def equal_cost() -> Pair:
-    """About 100 M parameters each; generator and judge take about as long."""
-    return random_pair("equal cost", sd3(9), smol_judge((11, 512), (16, 576), 256), 256)
+    """About 100 M parameters each; generator, with its rollout and VAE, and judge take about as long."""
+    return random_pair("equal cost", sd3(9), smol_judge((4, 512), (16, 576), 512), 256)
 
 
 def generator_dominates() -> Pair:
-    """The same generator with a judge of a tenth of its cost."""
-    return random_pair("generator dominates", sd3(9), smol_judge((4, 256), (4, 256), 256), 256)
+    """The same generator with a judge of about a fifth of its cost."""
+    return random_pair("generator dominates", sd3(9), smol_judge((2, 192), (4, 192), 512), 256)
 
 
 PAIRS = {"bundled": bundled, "equal cost": equal_cost, "generator dominates": generator_dominates}

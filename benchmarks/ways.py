@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dual_process.benchmarks.pairs import Pair
 from dual_process.trainers.dual_process import Settings, one_pass
+from dual_process.trainers.live_memory import LiveMemory
+from dual_process.trainers.memory_plan import MemoryPlan, plan_memory
 from dual_process.vlm.plain import extended, repeated
 
 K = 1  # of four sampler steps: one step of rollout goes before the one that is learned from
@@ -32,7 +34,7 @@ class Ours:
     Args:
         pair: student and judge.
         questions: how many are asked.
-        checkpointed: recompute the blocks of generator, VAE and judge in backward.
+        checkpointed: recompute all blocks of generator, VAE and judge in backward.
         settings: with or without anchor.
     """
 
@@ -61,6 +63,14 @@ class Ours:
                 entered("")
 
         self.student.run(loop, beside=[self.judge.patcher])
+
+    def settle(self, free: float) -> MemoryPlan:
+        """Recompute what the trainer chooses with ``free`` bytes beside the weights."""
+        self.student.free_memory = lambda: free
+        return self.student.run(
+            lambda: plan_memory(self.student, self.judge.judge, self.objective, self.settings),
+            beside=[self.judge.patcher],
+        )
 
     def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int) -> None:
         """Add the loss's gradient to the LoRA's, from ``x`` at σ_K."""
@@ -107,20 +117,24 @@ class Ideal:
         from dual_process.trainers.comfy_memory import gradients
 
         with gradients(), measured():
-            with torch.no_grad():
-                for _ in range(K):
-                    self._forward("generator")
             for name in ("generator", "VAE", "judge"):
-                given, made = self._forward(name)
-                torch.autograd.grad(made, given, torch.ones_like(made))
+                self._there_and_back(name)
 
-    def forward_seconds(self) -> dict[str, float]:
-        """CPU seconds of each model's bare forward with gradients, median of three."""
+    def _there_and_back(self, name: str) -> None:
+        with torch.no_grad():
+            for _ in range(K if name == "generator" else 0):
+                self._forward(name)
+        given, made = self._forward(name)
+        torch.autograd.grad(made, given, torch.ones_like(made))
+
+    def seconds_of_each(self) -> dict[str, float]:
+        """CPU seconds that each model takes of the ideal step, median of three: bare forward and backward, for the
+        generator with its ``K`` times more of the rollout."""
         from dual_process.trainers.comfy_memory import gradients
 
         def once(name: str) -> float:
             start = time.process_time()
-            self._forward(name)
+            self._there_and_back(name)
             return time.process_time() - start
 
         with gradients():
@@ -207,6 +221,14 @@ class WatchedJudge:
         loss = cross_entropy(logits[:, -wanted.shape[1] :].flatten(0, 1), wanted.flatten())
         self._entered("judge backward")
         return loss
+
+
+def peaks(way: Ours) -> dict[str, int]:
+    """Bytes at the peak of each phase of a step, and of the ``whole`` step; an earlier step has warmed up."""
+    way.run(0)
+    memory = LiveMemory()
+    way.run(0, lambda: memory, memory.entered)
+    return {"whole": memory.peak, **{phase: peak for phase, peak in memory.peaks.items() if phase}}
 
 
 def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:

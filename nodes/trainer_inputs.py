@@ -135,8 +135,8 @@ def _further() -> list[io.Input]:
         io.Boolean.Input(
             "checkpointing",
             default=True,
-            tooltip="Recompute instead of remember where 'recompute' says so: much less memory, about a third more "
-            "time. Off: never recompute.",
+            tooltip="Recompute instead of remember where 'recompute' says so: much less memory for some more time. "
+            "Off: never recompute.",
         ),
         io.Combo.Input(
             "learn_at",
@@ -212,7 +212,8 @@ def _further() -> list[io.Input]:
             options=[AUTOMATIC, ALWAYS, NEVER],
             default=AUTOMATIC,
             optional=True,
-            tooltip="Automatic: before the first step one pass is tried with recomputation; if a step that remembers "
-            "everything would fit into the free memory too, that is taken. Only read while checkpointing is on.",
+            tooltip="Automatic: before the first step one pass is tried with recomputation; from it is foreseen what "
+            "fits into the free memory, and only the blocks that do not are recomputed. Always: all blocks, for the "
+            "least memory. Only read while checkpointing is on.",
         ),
     ]

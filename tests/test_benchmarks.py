@@ -12,6 +12,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+THREE = ", three questions"
 PHASES = ["rollout", "generator forward", "VAE forward", "judge forward", "judge backward"]
 
 
@@ -30,6 +31,7 @@ def test_step(pair):
     found = compare(pair, repeats=1)
     assert set(found["steps"]) > {"ideal", "plain", "default", "published, three questions"}
     assert all(ratio > 0 for ratio in found["ratios"].values()) and found["ratios"]["outside_torch"] < 1
+    assert set(found["chosen"]) == {f"{way}{asked}" for way in ("automatic", "default") for asked in ("", THREE)}
 
 
 def test_the_published_way_teaches_the_same(pair):
@@ -55,7 +57,7 @@ def test_the_published_way_teaches_the_same(pair):
 
 
 def test_live_memory_by_hand():
-    from dual_process.benchmarks.memory import LiveMemory
+    from dual_process.trainers.live_memory import LiveMemory
 
     weight = torch.ones(256, 256)
     with LiveMemory() as memory:
@@ -87,7 +89,9 @@ def test_memory(pair):
     ours, published = found["peak_mb"]["checkpointed"], found["peak_mb"]["published"]
     assert set(ours) == {"whole", *PHASES, "VAE backward", "generator backward", "optimiser"}
     assert "anchor" in found["peak_mb"]["default"] and ours["whole"] == max(ours.values())
-    assert ours["whole"] < published["whole"]
+    assert ours["whole"] < published["whole"] and found["ratios"]["automatic_over_published"] < 0.4
+    for name in ("plain", "automatic", "checkpointed", "default"):
+        assert found["ratios"][f"{name}_predicted_over_measured"] == pytest.approx(1, rel=0.15), name
 
 
 def test_scaling(comfy, monkeypatch, tmp_path):

@@ -7,7 +7,14 @@ import torch
 
 from dual_process.tests.vlm_families import FAMILIES
 from dual_process.tests.vlm_families import judge as family
-from dual_process.trainers.checkpointing import Recompute, make_recomputable, stacked_blocks
+from dual_process.trainers.checkpointing import (
+    WHOLE_VAE,
+    Block,
+    Recompute,
+    decoded,
+    make_recomputable,
+    stacked_blocks,
+)
 from dual_process.vlm.question import Question
 
 QUESTIONS = [Question("Is the line thick?"), Question("Are the colours warm?", "No"), Question("What is it?", "a line")]
@@ -19,12 +26,12 @@ SD = dict(
 
 def gradient_through(module, function, given) -> tuple[torch.Tensor, int, int]:
     """Of ``function(given)`` weighted at random, and bytes alive after forward, without and with recomputation."""
-    from dual_process.benchmarks.memory import LiveMemory
+    from dual_process.trainers.live_memory import LiveMemory
 
     found, alive = [], []
     for on in (False, True):
         x = given.clone().requires_grad_()
-        with make_recomputable(module, Recompute(on)), LiveMemory() as memory:
+        with make_recomputable(module, "part", Recompute(on)), LiveMemory() as memory:
             y = function(x)
             alive.append(memory.live)
             weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
@@ -83,6 +90,29 @@ def test_a_vae_gives_the_same_gradient(comfy, build):
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     kept, recomputed = gradient_through(vae, vae.decode, latent)
     assert recomputed < 0.55 * kept
+
+
+@pytest.mark.parametrize("kept", [frozenset(), {WHOLE_VAE}, {Block("VAE", 0), Block("VAE", 2)}])
+def test_a_batch_is_decoded_in_groups(comfy, kept):
+    """Of seven pictures: the same pictures and gradient whatever is kept, and nothing held where all is recomputed."""
+    from dual_process.tests.architectures import randomise
+    from dual_process.trainers.live_memory import LiveMemory
+
+    vae = taesd()[0]
+    randomise(vae, seed=3)
+    vae.requires_grad_(False)
+    latent = torch.randn((7, 16, 4, 4), generator=torch.Generator().manual_seed(2))
+    found = []
+    for recompute in (Recompute(False), Recompute(True, frozenset(kept))):
+        x = latent.clone().requires_grad_()
+        with make_recomputable(vae, "VAE", recompute), LiveMemory() as memory:
+            pictures = decoded(vae.decode, x, recompute)
+            held = memory.live - pictures.untyped_storage().nbytes()
+            found.append((pictures.detach(), *torch.autograd.grad(pictures.square().sum(), x), held))
+    (plain, gradient, much), (again, same, little) = found
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    assert little == 0 if WHOLE_VAE not in kept else 0 < little < 0.6 * much
 
 
 def test_what_is_a_block():

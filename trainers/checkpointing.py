@@ -13,6 +13,8 @@ error:
 So a block is given clones of the activations and copies of the dicts, again for every run of a checkpointed block, a
 recomputed one copies of the lists and caches as they were before, and norm layers, whose input is what gets overwritten
 after being saved for backward, run on a clone.
+
+Which blocks are recomputed is up to ``Recompute``, block by block.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,32 @@ from torch.utils.checkpoint import checkpoint
 
 from .forward_override import override_forward
 from .lora import CONTAINERS, repeated_blocks
+
+GENERATOR, DECODER, JUDGE = "model", "VAE", "judge"
+GROUPS = 4  # in which a batch is decoded where not everything is kept
+
+
+class Block(NamedTuple):
+    """What is recomputed or kept as one: a block by its part of a step and its number there, or a whole part."""
+
+    part: str
+    number: int | None = None
+
+
+WHOLE_VAE = Block(DECODER)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a block.
+
+    Attributes:
+        passed_on: bytes of its output that its own backward needs, as a ReLU's does. Where both are kept, they are the
+            next block's input too.
+    """
+
+    block: Block
+    passed_on: int = 0
 
 
 class Event(Enum):
@@ -44,12 +73,18 @@ class Recompute:
     """What all recomputable blocks of a run look at.
 
     Attributes:
-        on: recompute in backward instead of keeping activations; may be changed between two passes.
-        tell: called with an event and an object that stands for the block's call.
+        on: recompute blocks in backward instead of keeping activations; may be changed between two passes.
+        kept: those that keep their activations all the same.
+        tell: called with an event and the call it happens to.
     """
 
     on: bool
-    tell: Callable[[Event, object], None] = lambda event, call: None
+    kept: frozenset[Block] = frozenset()
+    tell: Callable[[Event, Call], None] = lambda event, call: None
+
+    def __contains__(self, block: Block) -> bool:
+        """Whether a block is recomputed."""
+        return self.on and block not in self.kept
 
 
 def prepare_for_backward(
@@ -65,52 +100,51 @@ def prepare_for_backward(
     for module in (module for network in (diffusion_model, *patches) for module in network.modules()):
         if "norm" in type(module).__name__.lower() and not any(True for _ in module.children()):
             stack.callback(override_forward(module, _on_a_clone))
-    for _, block in repeated_blocks(diffusion_model):
-        stack.callback(override_forward(block, _recomputable(recompute, _on_clones)))
+    for number, (_, block) in enumerate(repeated_blocks(diffusion_model)):
+        stack.callback(override_forward(block, _recomputable(Block(GENERATOR, number), recompute, _on_clones)))
     return stack
 
 
-def make_recomputable(model: nn.Module, recompute: Recompute) -> ExitStack:
+def make_recomputable(model: nn.Module, part: str, recompute: Recompute) -> ExitStack:
     """Make the blocks that a VAE or a judge stacks recomputable; closing the returned stack puts everything back."""
     stack = ExitStack()
-    for block in stacked_blocks(model):
-        stack.callback(override_forward(block, _recomputable(recompute, lambda forward: forward)))
+    for number, block in enumerate(stacked_blocks(model)):
+        stack.callback(override_forward(block, _recomputable(Block(part, number), recompute, lambda forward: forward)))
     return stack
 
 
-def one_by_one(function: Callable[[Tensor], Tensor], rows: Tensor, recompute: Recompute) -> Tensor:
-    """``function`` of a batch whose rows do not know of each other.
+def decoded(decode: Callable[[Tensor], Tensor], rows: Tensor, recompute: Recompute) -> Tensor:
+    """``decode`` of a batch whose rows do not know of each other.
 
-    While ``recompute`` is on, nothing of it is kept for backward, which runs it again row by row: a VAE then holds
-    nothing while the judge looks, and later one picture at a time.
+    While ``recompute`` is on, it is done in ``GROUPS``. Where the whole VAE is recomputed, nothing is held while the
+    judge looks, and later no more than one group; blocks that are recomputed too run twice more then.
     """
-    if recompute.on and torch.is_grad_enabled() and rows.requires_grad:
-        return _OneByOne.apply(rows, function, recompute)
-    return function(rows)
+    if not (recompute.on and torch.is_grad_enabled() and rows.requires_grad):
+        return decode(rows)
+    groups = rows.split(-(-len(rows) // GROUPS))
+    if WHOLE_VAE in recompute:
+        return torch.cat([_Again.apply(group, decode, recompute) for group in groups])
+    return torch.cat([decode(group) for group in groups])
 
 
-class _OneByOne(torch.autograd.Function):
+class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, function, recompute):
+    def forward(ctx, rows, decode, recompute):
         ctx.save_for_backward(rows)
-        ctx.function, ctx.recompute, ctx.calls = function, recompute, [object() for _ in rows]
-        made = function(rows)
-        for call in ctx.calls:
-            recompute.tell(Event.DONE, call)
+        ctx.decode, ctx.recompute, ctx.call = decode, recompute, Call(WHOLE_VAE)
+        made = decode(rows)
+        recompute.tell(Event.DONE, ctx.call)
         return made
 
     @staticmethod
-    def backward(ctx, pushes):
-        gradients = []
-        for row, push, call in zip(ctx.saved_tensors[0].split(1), pushes.split(1), ctx.calls):
-            with torch.enable_grad():
-                row = row.detach().requires_grad_()
-                ctx.recompute.tell(Event.AGAIN, call)
-                made = ctx.function(row)
-                ctx.recompute.tell(Event.BACK, call)
-            cut = not made.requires_grad  # a VAE that decodes in tiles; the self-check says so
-            gradients += [torch.zeros_like(row)] if cut else torch.autograd.grad(made, row, push)
-        return torch.cat(gradients), None, None
+    def backward(ctx, push):
+        with torch.enable_grad():
+            rows = ctx.saved_tensors[0].detach().requires_grad_()
+            ctx.recompute.tell(Event.AGAIN, ctx.call)
+            made = ctx.decode(rows)
+            ctx.recompute.tell(Event.BACK, ctx.call)
+        cut = not made.requires_grad  # a VAE that decodes in tiles; the self-check says so
+        return (torch.zeros_like(rows) if cut else torch.autograd.grad(made, rows, push)[0]), None, None
 
 
 def stacked_blocks(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
@@ -134,25 +168,25 @@ def _on_a_clone(forward):
     return norm
 
 
-def _recomputable(recompute: Recompute, kept):
-    """``kept`` makes of a block's forward what runs while nothing is recomputed."""
+def _recomputable(block: Block, recompute: Recompute, kept):
+    """``kept`` makes of a block's forward what runs while it is not recomputed."""
 
     def wrap(forward):
-        keeping, recomputing = kept(forward), _checkpointed(forward, recompute)
+        keeping, recomputing = kept(forward), _checkpointed(forward, block, recompute)
 
-        def block(*args, **kwargs):
+        def run(*args, **kwargs):
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            return (recomputing if recompute.on else keeping)(*args, **kwargs)
+            return (recomputing if block in recompute else keeping)(*args, **kwargs)
 
-        return block
+        return run
 
     return wrap
 
 
-def _checkpointed(forward, recompute: Recompute):
-    def block(*args, **kwargs):
-        call = object()
+def _checkpointed(forward, block: Block, recompute: Recompute):
+    def run_block(*args, **kwargs):
+        call = Call(block)
         written = {}  # lists and caches that this call writes to, by the copies that recomputation starts from
 
         def kept(value):
@@ -170,7 +204,7 @@ def _checkpointed(forward, recompute: Recompute):
         def again(*args, **kwargs):
             args = [_own(_state(a)) for a in args]
             kwargs = {name: _own(_state(a)) for name, a in kwargs.items()}
-            recompute.tell(Event.AGAIN, call)
+            recompute.tell(Event.AGAIN, call)  # after the copies, which stand for what is kept of the inputs anyway
             try:
                 return forward(*args, **kwargs)
             finally:  # checkpoint leaves by an exception as soon as it has what it needs
@@ -180,10 +214,12 @@ def _checkpointed(forward, recompute: Recompute):
         made = checkpoint(run, *map(kept, args), use_reentrant=False, **{n: kept(a) for n, a in kwargs.items()})
         done = True
         written.clear()
+        if isinstance(made, Tensor) and "_saved_result" in dir(made.grad_fn):
+            call.passed_on = made.untyped_storage().nbytes()
         recompute.tell(Event.DONE, call)
         return made
 
-    return block
+    return run_block
 
 
 def _on_clones(forward):

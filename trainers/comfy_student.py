@@ -25,9 +25,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.sd import VAE
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpointing import Recompute, make_recomputable, one_by_one, prepare_for_backward
+from .checkpointing import DECODER, JUDGE, Recompute, decoded, make_recomputable, prepare_for_backward
 from .comfy_memory import TransformersHolder, gradients, loaded_for_training, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
@@ -60,8 +60,8 @@ class ComfyStudent:
         sampler: ComfyUI SAMPLER that walks them.
         cfg: classifier-free guidance scale.
         rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
-        checkpointed: recompute blocks in backward; less memory, about a third more time. ``recompute`` may change it
-            while the student runs.
+        checkpointed: recompute every block in backward; least memory, about half as much time again. ``recompute`` may
+            change it, block by block, while the student runs.
         start: tensors of a LoRA file to go on from, see ``lora_start.start_from``.
     Raises:
         ValueError: inputs that do not fit together, before anything is loaded.
@@ -193,16 +193,13 @@ class ComfyStudent:
             self.lora.to(patched.load_device)
             guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
-            for recomputed in self._recomputed(beside):
-                stack.enter_context(make_recomputable(recomputed, self.recompute))
+            stack.enter_context(make_recomputable(self.decoder.model, DECODER, self.recompute))
+            for patcher in beside:
+                if isinstance(patcher.model, TransformersHolder):
+                    stack.enter_context(make_recomputable(patcher.model, JUDGE, self.recompute))
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask, seed=CONDITIONING_SEED)
         return sampler.result
-
-    def _recomputed(self, beside: list[ModelPatcher]) -> list[nn.Module]:
-        """What is recomputed beside the generator."""
-        judges = [patcher.model for patcher in beside if isinstance(patcher.model, TransformersHolder)]
-        return [self.decoder.model, *judges]
 
     def _conds_of_a_draw(self, prompt: int) -> dict[str, list]:
         """What a KSampler would be given. Prompts are never given together: ComfyUI hands areas, ControlNets and GLIGEN
@@ -274,7 +271,7 @@ class ComfyStudent:
         latent = latent.to(self.vae.device, self.vae.vae_dtype)
         if latent.ndim == 4 and latent.device.type == "cpu":
             latent = latent.contiguous(memory_format=torch.channels_last)  # oneDNN convolves a quarter faster this way
-        pixels = one_by_one(self.decoder.model.decode, latent, self.recompute).float()
+        pixels = decoded(self.decoder.model.decode, latent, self.recompute).float()
         if pixels.ndim == 5:
             pixels = pixels.transpose(1, 2).flatten(0, 1)
         return pixels * self._gain + self._offset

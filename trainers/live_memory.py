@@ -7,18 +7,24 @@ import weakref
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+COUNTED = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}  # attention is left out: most of it is fused
 
 
 class LiveMemory(TorchDispatchMode):
     """Bytes of the tensors made inside the block that are alive, and the most of them in every phase.
 
     ``entered`` tells it that another phase begins. ``starts`` are the bytes alive as the first operator of a phase
-    begins, when what functions held that have just returned is gone.
+    begins, when what functions held that have just returned is gone. ``work`` are the floating point operations of all
+    matrix products and convolutions so far.
     """
 
     def __init__(self):
         super().__init__()
         self.live = 0
+        self.work = 0
         self.phase = ""
         self.peaks: dict[str, int] = {}
         self.starts: dict[str, int] = {}
@@ -39,6 +45,8 @@ class LiveMemory(TorchDispatchMode):
         made = function(*args, **kwargs)
         for result in tree_leaves(made):
             self._note(result, counts=True)
+        if (kind := function.overloadpacket) in COUNTED:
+            self.work += flop_registry[kind](*args, **kwargs, out_val=made)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live)
         return made
 

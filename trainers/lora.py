@@ -94,7 +94,7 @@ class Adapter(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.to(self.A.dtype) @ self.A.T) @ self.B.T * self.scale
+        return (x.to(self.A.dtype) @ self.A.T * self.scale) @ self.B.T
 
 
 class LoRA(nn.Module):

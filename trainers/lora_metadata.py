@@ -124,7 +124,7 @@ def _story(
         "layers": len(student.lora.paths),
         "settings": asdict(settings),
         "recomputed": student.recompute.on,
-        "memory_plan_bytes": plan and asdict(plan),
+        "memory_plan": plan and asdict(plan),
         "steps_done": len(run.loss),
         "kept_step": run.checks[-1].step,
         "steps_skipped": run.skipped,

@@ -1,17 +1,19 @@
-"""What a training step will hold in memory, with and without recomputation, and which of both fits.
+"""What a training step will hold in memory, and which blocks have to be recomputed for it to fit.
 
-One pass is rehearsed with recomputation, and the bytes of living tensors are counted after every operator. What every
-block holds while it is recomputed is what it would have held all along without, so the same pass is told again as if
-every block had kept its activations: no formula per model, and never more memory than recomputation takes.
+One pass is rehearsed in which every block is recomputed, and the bytes of living tensors are counted after every
+operator. What a block holds while it is recomputed is what it would have held all along if kept, so the same pass can
+be told again with any blocks kept: no formula per model, and the rehearsal takes as little memory as a step can.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 
-from .checkpointing import Event
+from .checkpointing import DECODER, GENERATOR, JUDGE, WHOLE_VAE, Block, Call, Event
 from .dual_process import Settings, one_pass
 from .live_memory import LiveMemory
 from .objective import Objective
@@ -22,74 +24,91 @@ HEADROOM = 1.3  # of what is counted: scratch space of kernels, holes of the all
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a step holds at its peak beyond the weights.
+    """Bytes that a step holds at its peak beyond the weights, and what is recomputed.
 
     Attributes:
         keeping: with all activations kept.
-        recomputing: with blocks recomputed in backward.
+        recomputing: with every block recomputed in backward.
+        chosen: with those blocks recomputed that are.
         free: what the device has left for it.
+        blocks: by part, how many blocks are recomputed, of how many; none where everything is kept.
+        whole_vae: whether the VAE is recomputed as a whole, beside its blocks.
     """
 
     keeping: int
     recomputing: int
+    chosen: int
     free: int
-
-    @property
-    def recompute(self) -> bool:
-        """Whether keeping everything would not surely fit."""
-        return self.keeping * HEADROOM > self.free
+    blocks: dict[str, tuple[int, int]]
+    whole_vae: bool
 
     def sentence(self) -> str:
         """The choice and its numbers, for people."""
-        kept, recomputed, free = (f"{size / 1e9:.2f} GB" for size in (self.keeping, self.recomputing, self.free))
-        if self.recompute:
-            return (
-                f"Recomputing: a step takes about {recomputed} beyond the weights; keeping everything would take "
-                f"{kept}, and {free} are free."
-            )
-        return f"Keeping everything: a step takes about {kept} beyond the weights, and {free} are free."
+        kept, chosen, free = (f"{size / 1e9:.2f} GB" for size in (self.keeping, self.chosen, self.free))
+        parts = [f"{some} of {all} blocks of the {part}" for part, (some, all) in self.blocks.items() if some]
+        parts += ["the VAE as a whole"] * self.whole_vae
+        if not parts:
+            return f"Keeping everything: a step takes about {chosen} beyond the weights, and {free} are free."
+        return (
+            f"Recomputing {', '.join(parts)}: a step takes about {chosen} beyond the weights; keeping everything would "
+            f"take {kept}, and {free} are free."
+        )
 
 
 def plan_memory(student, judge, objective: Objective, settings: Settings) -> MemoryPlan:
-    """Rehearse one pass with recomputation, and leave ``student.recompute`` as what fits needs.
+    """Rehearse one pass, and leave ``student.recompute`` so that as much is kept as surely fits.
 
     The LoRA is left as it was, without gradients.
 
     Args:
         student: a ``ComfyStudent`` that is being run.
     """
-    free = student.free_memory()
-    plan = MemoryPlan(*predicted_peaks(student, judge, objective, settings), free)
-    student.recompute.on = plan.recompute
-    return plan
+    free, recompute = student.free_memory(), student.recompute
+    rehearsal = rehearse(student, judge, objective, settings)
+    everything = rehearsal.blocks
+    kept = rehearsal.choose(free / HEADROOM)
+    recompute.on, recompute.kept = kept != everything, kept
+    some, all = (Counter(block.part for block in blocks) for blocks in (everything - kept - {WHOLE_VAE}, everything))
+    all[DECODER] -= WHOLE_VAE in everything
+    return MemoryPlan(
+        keeping=rehearsal.peak(everything),
+        recomputing=rehearsal.peak(frozenset()),
+        chosen=rehearsal.peak(kept),
+        free=free,
+        blocks={part: (some[part], all[part]) for part in (GENERATOR, DECODER, JUDGE)} if recompute.on else {},
+        whole_vae=WHOLE_VAE in everything - kept,
+    )
 
 
-def predicted_peaks(student, judge, objective: Objective, settings: Settings) -> tuple[int, int]:
-    """Bytes beyond the weights at the peak of a pass that keeps everything, and of one that recomputes."""
+def rehearse(student, judge, objective: Objective, settings: Settings) -> Rehearsal:
+    """What one pass in which every block is recomputed held; nothing is changed by it."""
     recompute, rehearsal = student.recompute, Rehearsal()
-    before = recompute.on
+    before = recompute.on, recompute.kept
     student.use_prompt(0)
     noise = student.noise(SEED)
     rng = torch.Generator().manual_seed(0)
     try:
-        recompute.on, recompute.tell = True, rehearsal.note
+        recompute.on, recompute.kept, recompute.tell = True, frozenset(), rehearsal.note
         with rehearsal.memory:
             one_pass(student, judge, objective, settings, rng, noise, student.roll(noise, 0), 0)
     finally:
-        recompute.on, recompute.tell = before, type(recompute).tell
+        recompute.on, recompute.kept = before
+        recompute.tell = type(recompute).tell
         for parameter in student.lora.parameters():
             parameter.grad = None
-    return rehearsal.peak_when_kept(), rehearsal.memory.peak
+    rehearsal.evaluate()
+    return rehearsal
 
 
 @dataclass
 class Stretch:
     """A part of a pass between two events: the bytes alive at most, the event that ends it, of which call of a block,
-    and the bytes alive then."""
+    the work until then, and the bytes alive then."""
 
     peak: int
     event: Event
-    call: object
+    call: Call
+    work: int
     left: int = 0
 
 
@@ -100,48 +119,69 @@ class Rehearsal:
     memory: LiveMemory = field(default_factory=LiveMemory)
     stretches: list[Stretch] = field(default_factory=list)
 
-    def note(self, event: Event, call: object) -> None:
+    def note(self, event: Event, call: Call) -> None:
         """A stretch ends with an event of a call."""
-        self.stretches.append(Stretch(self.memory.peaks.get(self.memory.phase, self.memory.live), event, call))
+        peak = self.memory.peaks.get(self.memory.phase, self.memory.live)
+        self.stretches.append(Stretch(peak, event, call, self.memory.work))
         self.memory.entered(str(len(self.stretches)))
 
-    def peak_when_kept(self) -> int:
-        """Bytes at the peak of the same pass without recomputation."""
+    def evaluate(self) -> None:
+        """Find out, after the pass, what every call held when its recomputation was done, which calls are made within
+        it, and what recomputing each block took."""
         for i, stretch in enumerate(self.stretches, 1):
             stretch.left = self.memory.starts.get(str(i), 0)
-        held = self._held()
-        peak = self.memory.peaks.get(self.memory.phase, 0)  # after the last event
-        missing: dict[object, int] = {}  # what calls that are done would hold, and do not
-        running: list[object] = []  # recomputations, the inner one last
-        for stretch in self.stretches:
-            if not running:
-                peak = max(peak, stretch.peak + sum(missing.values()))
-            if stretch.event is Event.DONE:
-                missing[stretch.call] = held.get(stretch.call, 0)
-            elif stretch.event is Event.AGAIN:
-                missing.pop(stretch.call)
-                running.append(stretch.call)
-            else:
-                running.pop()
-            if not running:
-                peak = max(peak, stretch.left + sum(missing.values()))
-        return peak
-
-    def _held(self) -> dict[object, int]:
-        """What each call that was recomputed held by the end of that, with what the calls inside would hold."""
-        grown: dict[object, int] = {}
-        inside: dict[object, list[object]] = {}
-        running: list[tuple[object, int]] = []
+        self._grown: dict[Call, int] = {}
+        self._inside: dict[Call, list[Call]] = {}
+        self._work: Counter[Block] = Counter()
+        running: list[Stretch] = []
         for stretch in self.stretches:
             if stretch.event is Event.AGAIN:
-                running.append((stretch.call, stretch.left))
+                running.append(stretch)
             elif stretch.event is Event.BACK:
-                call, start = running.pop()
-                grown[call] = stretch.left - start
+                began = running.pop()
+                self._grown[stretch.call] = stretch.left - began.left - stretch.call.passed_on
+                self._work[stretch.call.block] += stretch.work - began.work
             elif running:
-                inside.setdefault(running[-1][0], []).append(stretch.call)
+                self._inside.setdefault(running[-1].call, []).append(stretch.call)
+        self.blocks = frozenset(self._work)
 
-        def held(call: object) -> int:
-            return grown.get(call, 0) + sum(held(inner) for inner in inside.get(call, []))
+    def choose(self, most: float) -> frozenset[Block]:
+        """The blocks to keep so that the peak stays below ``most`` bytes: those first whose recomputation is the most
+        work for the memory it saves, and of equal ones the last, which are needed again first."""
+        if self.peak(self.blocks) <= most:
+            return self.blocks
+        saved = Counter[Block]()
+        for call, grown in self._grown.items():
+            saved[call.block] += grown
+        worth = {block: self._work[block] / max(saved[block], 1) for block in self.blocks}
+        kept: frozenset[Block] = frozenset()
+        for block in sorted(self.blocks, key=lambda block: (worth[block], block.number or 0), reverse=True):
+            if self.peak(kept | {block}) <= most:
+                kept |= {block}
+        return kept
 
-        return {call: held(call) for call in grown}
+    def peak(self, kept: Collection[Block]) -> int:
+        """Bytes at the peak of the same pass with these blocks kept."""
+        peak = self.memory.peaks.get(self.memory.phase, 0)  # after the last event
+        missing = 0  # what calls that are done would hold, and do not
+        avoided = 0  # recomputations, one within the other, that would not be
+        for stretch in self.stretches:
+            if not avoided:
+                peak = max(peak, stretch.peak + missing)
+            if stretch.call.block in kept:
+                held = self._held(stretch.call, kept)
+                if stretch.event is Event.DONE:
+                    missing += held
+                elif stretch.event is Event.AGAIN:
+                    missing -= held
+                    avoided += 1
+                else:
+                    avoided -= 1
+            if not avoided:
+                peak = max(peak, stretch.left + missing)
+        return peak
+
+    def _held(self, call: Call, kept: Collection[Block]) -> int:
+        """What a call would hold if kept, with the kept ones made within it."""
+        inner = self._inside.get(call, [])
+        return self._grown.get(call, 0) + sum(self._held(one, kept) for one in inner if one.block in kept)
