@@ -65,7 +65,7 @@ def test_foreseen_is_what_happens(lab, name):
 @pytest.mark.parametrize("free, recompute", [(10**12, False), (10**5, True)])
 def test_what_fits_is_taken(lab, free, recompute):
     student, judge = lab.build_student("SD3"), lab.build_judge()
-    student.free_memory = lambda: free
+    student.free_memory = lambda wanted: free
 
     def loop():
         plan = plan_memory(student, judge.judge, GOAL, Settings())
@@ -104,18 +104,8 @@ def test_nothing_is_left_behind_by_an_error(lab, where):
     assert all(parameter.grad is None for parameter in student.lora.parameters())
 
 
-@pytest.mark.parametrize(
-    "checkpointing, recompute, planned, recomputed",
-    [
-        (True, None, True, False),
-        (True, "automatic", True, False),
-        (True, "always", False, True),
-        (True, "never", False, False),
-        (False, "always", False, False),
-    ],
-)
-def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomputed):
-    """None: a workflow saved before the input existed. The machine has far more memory than this takes."""
+def train_on_the_node(lab, monkeypatch, **changed) -> tuple[dict, list[str]]:
+    """The LoRA's header and what the node showed; the inputs given take the place of those here."""
     from comfy_api.latest import io
     from comfy_execution.graph import DynamicPrompt
 
@@ -132,12 +122,27 @@ def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomp
     inputs = {"sampler_steps": 2, "sampler_name": "euler", "scheduler": "simple", "cfg": 1.0, "seed": 3}
     inputs |= {"steps": 1, "learning_rate": 1e-4, "rank": 4, "objective": "answer margin", "anchor": 0.1}
     inputs |= {"judge_noise": 0.1, "check_every": 0, "stop_at": 1.0, "learn_at": "any step", "accumulate": 1}
-    inputs |= {"targets": "", "self_check": False, "continue_from": trainer.NEW_LORA, "checkpointing": checkpointing}
+    inputs |= {"targets": "", "self_check": False, "continue_from": trainer.NEW_LORA, "checkpointing": True}
     inputs |= {"model": lab.build_model("SD3"), "vae": lab.build_vae("SD3"), "latent": lab.build_latent("SD3")}
     inputs |= {"positive": lab.build_conditioning("SD3"), "questions": GOAL.questions, "judge": lab.build_judge()}
-    inputs |= {"recompute": recompute} if recompute else {}
-    output = clone.EXECUTE_NORMALIZED(**inputs)
-    header = output.result[0].metadata
+    output = clone.EXECUTE_NORMALIZED(**{**inputs, **changed})
+    return output.result[0].metadata, shown
+
+
+@pytest.mark.parametrize(
+    "checkpointing, recompute, planned, recomputed",
+    [
+        (True, None, True, False),
+        (True, "automatic", True, False),
+        (True, "always", False, True),
+        (True, "never", False, False),
+        (False, "always", False, False),
+    ],
+)
+def test_on_the_node(lab, monkeypatch, checkpointing, recompute, planned, recomputed):
+    """None: a workflow saved before the input existed. The machine has far more memory than this takes."""
+    changed = {"recompute": recompute} if recompute else {}
+    header, shown = train_on_the_node(lab, monkeypatch, checkpointing=checkpointing, **changed)
     story = json.loads(header["dual_process"])
     assert shown[0].startswith("Keeping everything: a step takes about") == planned
     assert header["ss_gradient_checkpointing"] == str(recomputed) and story["recomputed"] == recomputed

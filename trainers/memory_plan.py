@@ -53,13 +53,27 @@ class MemoryPlan:
 def plan_memory(student, judge, objective: Objective, settings: Settings) -> MemoryPlan:
     """Rehearse one pass with recomputation, and leave ``student.recompute`` as what fits needs.
 
-    The LoRA is left as it was, without gradients.
+    Models of others are evicted for it, and where not even recomputing fits beside all weights, student and judge take
+    turns from here on. The LoRA is left as it was, without gradients.
 
     Args:
         student: a ``ComfyStudent`` that is being run.
+        judge: what its ``in_turn`` makes of the judge, wherever they may have to take turns.
     """
-    free = student.free_memory()
-    plan = MemoryPlan(*predicted_peaks(student, judge, objective, settings), free)
+    rehearsed = student, judge, objective, settings
+    try:
+        keeping, recomputing = predicted_peaks(*rehearsed)
+        free = student.free_memory(wanted=keeping * HEADROOM)
+        fits = recomputing * HEADROOM <= free
+    except torch.OutOfMemoryError:
+        if not student.turns.can_part:
+            raise
+        fits = False
+    if not fits and student.turns.can_part:
+        student.turns.part()
+        keeping, recomputing = predicted_peaks(*rehearsed)
+        free = student.free_memory()
+    plan = MemoryPlan(keeping, recomputing, free)
     student.recompute.on = plan.recompute
     return plan
 
