@@ -164,7 +164,10 @@ def noise_levels(inputs: SimpleNamespace) -> Tensor:
 
 class Progress:
     """Shows a run on the trainer's node: progress bar, live picture, one line of text and a ``dual_process.progress``
-    event ``{node, step, steps, loss, scores}`` for the front end."""
+    event ``{node, step, steps, loss, scores}`` for the front end.
+
+    All of it is handed to ComfyUI's server, which shrinks and encodes pictures on its own thread.
+    """
 
     def __init__(self, node_id: str, steps: int):
         self.node_id, self.steps = node_id, steps

@@ -261,3 +261,18 @@ def test_on_the_node(lab, device, monkeypatch):
             lab, monkeypatch, recompute=recompute, judge=judge, second_judge=lab.build_judge()
         )
         assert "Taking turns: " in shown[0] and json.loads(header["dual_process"])["took_turns"]
+
+
+def test_in_the_gpu_benchmark(lab, device, monkeypatch):
+    """Moving is told where it happens; one graph through everything needs everything at once."""
+    from dual_process.benchmarks.gpu import Gauge, measure
+    from dual_process.benchmarks.pairs import random_pair, sd3, smol_judge
+    from dual_process.benchmarks.ways import Ours, Published
+
+    pair = random_pair("tiny", sd3(2), smol_judge((1, 64), (1, 64), side=64), side=64)
+    ours, published = Ours(pair, 1, checkpointed=True), Published(pair, 1)
+    assert "moving_seconds" not in measure(lambda: ours, Gauge("cpu"), repeats=1)
+    no_room_for_both(ours.student, pair.judge, device, monkeypatch)
+    moving = measure(lambda: ours, Gauge("cpu"), repeats=1)["moving_seconds"]
+    assert set(moving) == {"model with VAE", "judge"} and all(seconds > 0 for seconds in moving.values())
+    assert measure(lambda: published, Gauge("cpu"), repeats=1) == {"out_of_memory": True}

@@ -247,8 +247,7 @@ class ComfyStudent:
         self.turns.need(self.model)
         self._denoiser.noise = noise
         model_sampling = self._guider.inner_model.model_sampling
-        full = self.sampler.max_denoise(self._guider, self._sigmas)
-        x = model_sampling.noise_scaling(self._sigmas[0], noise, self._latent, full)
+        x = model_sampling.noise_scaling(self._sigmas[0], noise, self._latent, self._full_denoise)
         if k == 0:
             return x
         own_args = dict(self._extra_args)  # CFG++ samplers leave a function in them that calls for the negative prompt
@@ -319,6 +318,7 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
+        student._full_denoise = student.sampler.max_denoise(model_wrap, sigmas)  # reads from the device
         student._conds = [
             comfy.samplers.process_conds(
                 model_wrap.inner_model, noise, student._conds_of_a_draw(prompt), noise.device, latent_image,
