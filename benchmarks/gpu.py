@@ -5,7 +5,8 @@
 Students and judges have the published shapes and random weights, made on the GPU: FLUX schnell (12 B, bf16 and fp8)
 and SDXL, each with its own VAE's shape; Qwen2.5-VL of 7 B and 3 B and SmolVLM of 2 B, in bf16 and, where bitsandbytes
 is installed, in 4 bits; 512 and 1024 px, three questions. Ratios are ours over the published way. What does not fit
-into the GPU's memory says so. ``--tiny`` runs the same code on tiny models, on a CPU too.
+into the GPU's memory says so; where model and judge take turns, ``moving_seconds`` are what bringing each took, once
+a step. ``--tiny`` runs the same code on tiny models, on a CPU too.
 """
 
 from __future__ import annotations
@@ -210,11 +211,13 @@ def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
         way = make()
         gauge.seconds(way, 0)
         steps = [gauge.seconds(way, 1 + i) for i in range(repeats)]
-        return {
+        found = {
             "steps_per_second": 1 / statistics.median(steps),
             "peak_mb": gauge.peak_mb(way, 1),
             "shares": gauge.shares(way, 1),
         }
+        turns = way.student.turns
+        return found | ({"moving_seconds": turns.seconds} if turns.apart else {})
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     finally:

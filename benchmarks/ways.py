@@ -48,9 +48,10 @@ class Ours:
 
         ``entered`` is told the name of every phase as it begins.
         """
-        student, judge = Watched(self.student, entered), WatchedJudge(self.judge.judge, entered)
+        student = Watched(self.student, entered)
 
         def loop() -> None:
+            judge = WatchedJudge(student.in_turn(self.judge), entered)
             student.use_prompt(seed % student.prompts)
             with measured():
                 entered("rollout")
@@ -87,6 +88,8 @@ class Published(Ours):
         super().__init__(pair, questions, checkpointed=False)
 
     def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int) -> None:
+        if student.takes_turns:
+            raise torch.OutOfMemoryError("one graph through everything needs everything at once")
         image = student.decode(student.predict(x, K))
         losses = [judge.whole_pass(image, question) for question in self.objective.questions]
         torch.stack(losses).mean().backward()

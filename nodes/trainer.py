@@ -81,16 +81,18 @@ class Trainer(io.ComfyNode):
         show = Progress(cls.hidden.unique_id, settings.steps)
         show.say(student.size_warning())
         show.say(SAME_JUDGE if second_judge is judge else "")
-        second = None if second_judge is None else second_judge.judge
 
         def teach() -> tuple[MemoryPlan | None, Run]:
             if self_check:
                 check_gradients(student)
+            first, second = [*(student.in_turn(one) for one in judges), None][:2]
             plan = None
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:
-                plan = plan_memory(student, judge.judge, goal, settings)
-                show.say(plan.sentence())
-            return plan, train(student, judge.judge, goal, settings, show, second)
+                plan = plan_memory(student, first, goal, settings)
+            said = [plan.sentence()] if plan else []
+            said += [student.turns.sentence()] if student.takes_turns else []
+            show.say(" ".join(said))
+            return plan, train(student, first, goal, settings, show, second)
 
         plan, run = student.run(teach, beside=[one.patcher for one in judges])
         show.end(run)
@@ -162,7 +164,10 @@ def noise_levels(inputs: SimpleNamespace) -> Tensor:
 
 class Progress:
     """Shows a run on the trainer's node: progress bar, live picture, one line of text and a ``dual_process.progress``
-    event ``{node, step, steps, loss, scores}`` for the front end."""
+    event ``{node, step, steps, loss, scores}`` for the front end.
+
+    All of it is handed to ComfyUI's server, which shrinks and encodes pictures on its own thread.
+    """
 
     def __init__(self, node_id: str, steps: int):
         self.node_id, self.steps = node_id, steps

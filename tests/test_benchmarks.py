@@ -124,3 +124,23 @@ def test_gpu_tiny(tmp_path, comfyui):
     assert found["tiny"] and one["steps_per_second"] > 0 and one["peak_mb"] > 0
     assert sum(one["shares"].values()) == pytest.approx(1)
     assert "tiny FLUX bf16, tiny judge, 64 px: default: memory" in found["ratios"]
+
+
+def test_compile(pair, monkeypatch):
+    """With torch's eager backend, which translates the blocks and leaves the kernels as they are."""
+    from dual_process.benchmarks.compile import blocks_of, measure
+    from dual_process.benchmarks.ways import Ideal
+    from dual_process.trainers.comfy_memory import gradients
+
+    compiled, real = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block: compiled.append(block) or real(block, backend="eager")
+    )
+    ways = Ideal(pair)
+    with gradients():
+        for name in ("generator", "judge"):
+            found = measure(ways, name, repeats=1)
+            assert compiled[-len(blocks_of(ways, name)) :] == blocks_of(ways, name)
+            assert found["gradient_error"] < 1e-5 and found["cpu_seconds_to_compile"] > 0
+            saves = found["cpu_seconds_compiled"] < found["cpu_seconds"]
+            assert (found["pays_back_after_steps"] is not None) == saves

@@ -62,6 +62,7 @@ class GreyStudent:
 
     steps = prompts = 1
     gradient_scale = 4.0
+    takes_turns = False
 
     def __init__(self):
         self.lora = Brightness()

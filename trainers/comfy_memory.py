@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
+import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+EVERYTHING = 1e30  # bytes
 
 
 class TransformersHolder(nn.Module):
@@ -105,6 +110,123 @@ def loaded_for_training(patchers: list[ModelPatcher], memory_required: int = 0):
     finally:
         for patcher in patchers:
             make_movable(patcher.model)
+
+
+class Turns:
+    """Models that compute on one device: all there at once or, where they do not fit, one group after the other.
+
+    Groups change places whole, moved by ComfyUI's memory manager. No graph may outlive its group's turn: what autograd
+    keeps of weights would hold their memory.
+
+    Args:
+        groups: by what people call them, the models that are needed at the same time; the first one's device counts.
+        memory_required: bytes for activations while all are there, for which ComfyUI evicts further models.
+        least: bytes for activations without which nothing can be computed.
+    Attributes:
+        apart: whether the groups take turns.
+        seconds: what bringing each group alone took last; a group that never was is not in it.
+    Raises:
+        RuntimeError: in any method that brings a group, which does not even fit alone.
+    """
+
+    def __init__(self, groups: dict[str, list[ModelPatcher]], memory_required: int, least: int):
+        self.groups, self.memory_required, self.least = groups, memory_required, least
+        self.first = next(iter(groups.values()))[0]
+        self.device = self.first.load_device
+        self.apart = False
+        self.seconds: dict[str, float] = {}
+        self._here: list[ModelPatcher] = []
+        self._loaded = ExitStack()
+
+    def __enter__(self) -> Turns:
+        self.apart = self.can_part and sum(map(self._size, self.groups.values())) + self.least > self.room()
+        self.need(self.first)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._loaded.close()
+
+    @property
+    def can_part(self) -> bool:
+        """Whether there is something left to gain from one group's absence while another computes."""
+        return not self.apart and sum(self._size(group) > 0 for group in self.groups.values()) > 1
+
+    def part(self) -> None:
+        """From now on every group has the device to itself."""
+        self.apart, self._here = True, []
+
+    def room(self) -> float:
+        """Bytes that the device has for weights and activations when all else is evicted."""
+        if self.device == torch.device("cpu"):
+            return math.inf  # where weights are whether or not they are in use
+        there = [one for one in mm.current_loaded_models if one.device == self.device and one.model is not None]
+        return mm.get_free_memory(self.device) + sum(one.model_loaded_memory() for one in there)
+
+    def free(self) -> int:
+        """Bytes for activations: what is free now or, in turns, in the one that has least."""
+        if self.apart:
+            return int(self.room() - max(map(self._size, self.groups.values())))
+        return int(mm.get_free_memory(self.device))
+
+    def make_room(self, wanted: float) -> None:
+        """Have ComfyUI evict models that take no part, until ``wanted`` bytes are free or none is left."""
+        self._evict_others(self._here, wanted)
+
+    def need(self, patcher: ModelPatcher) -> None:
+        """Have a model on the device, together with its group."""
+        if patcher in self._here:
+            return
+        start = time.perf_counter()
+        name, group = next((name, group) for name, group in self.groups.items() if patcher in group)
+        if self.apart and self._size(group) > self.room():
+            raise RuntimeError(
+                f"The {name} ({self._size(group) / 1e9:.1f} GB) does not fit on {self.device}, which has "
+                f"{self.room() / 1e9:.1f} GB, even alone. Use a smaller or quantised one."
+            )
+        here = group if self.apart else sum(self.groups.values(), [])
+        with _disable_current_modes():  # weights are no activations, which LiveMemory counts
+            self._here = []
+            self._loaded.close()
+            if self.apart:
+                self._evict_others(group, EVERYTHING)
+            self._loaded.enter_context(loaded_for_training(here, 0 if self.apart else self.memory_required))
+            self._here = here
+        if self.apart:
+            self.seconds[name] = time.perf_counter() - start
+
+    def sentence(self) -> str:
+        """That turns are taken and what it costs, for people."""
+        sizes = ", ".join(f"{name} {self._size(group) / 1e9:.2f} GB" for name, group in self.groups.items())
+        moved = [f"{name} {self.seconds[name]:.1f} s" for name in self.groups if name in self.seconds]
+        return (
+            f"Taking turns: together they do not fit into {self.room() / 1e9:.2f} GB ({sizes}). Every pass moves them "
+            f"in and out, which took {', '.join(moved)} just now, and computes its picture twice."
+        )
+
+    def _size(self, group: list[ModelPatcher]) -> int:
+        """Bytes that a group takes on the device and gives back as it leaves."""
+        leaving = [one for one in group if one.load_device == self.device != one.offload_device]
+        return sum(patcher.model_size() for patcher in leaving)
+
+    def _evict_others(self, kept: list[ModelPatcher], wanted: float) -> None:
+        if self.device != torch.device("cpu"):
+            with torch.inference_mode():
+                stay = [one for one in mm.current_loaded_models if one.model in kept]
+                mm.free_memory(wanted, self.device, keep_loaded=stay)
+
+
+class InTurn:
+    """A judge that comes to the device before it looks, and otherwise is the judge."""
+
+    def __init__(self, managed: ManagedJudge, turns: Turns):
+        self._managed, self._turns = managed, turns
+
+    def __getattr__(self, name: str):
+        return getattr(self._managed.judge, name)
+
+    def log_likelihood(self, *args) -> Tensor:
+        self._turns.need(self._managed.patcher)
+        return self._managed.judge.log_likelihood(*args)
 
 
 def make_trainable_through(root: nn.Module) -> None:

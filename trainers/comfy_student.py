@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-import comfy.model_management as mm
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -28,7 +27,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from .checkpointing import DECODER, JUDGE, Recompute, decoded, make_recomputable, prepare_for_backward
-from .comfy_memory import TransformersHolder, gradients, loaded_for_training, static_clone
+from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradients, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .prompts import single_prompts
@@ -42,6 +41,7 @@ TOY = 128  # px a side, below which only toy models draw, such as the bundled on
 # Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
 # VAE was 2.6 times ComfyUI 0.33's estimate, of Wan's 2.9 times.
 TRAINING_MEMORY = 3
+JUDGES = ["judge", "second judge"]
 
 
 class ComfyStudent:
@@ -159,8 +159,9 @@ class ComfyStudent:
         """Run ``loop`` with everything loaded; whatever happens in it, the user's model is as it was afterwards.
 
         Args:
-            beside: further models (the judge) to keep on the device together with model and VAE. Those of transformers
-                are recomputed with them; ComfyUI's own run only in the surroundings that ``NativeJudge`` gives them.
+            beside: the judge, or both, to keep on the device together with model and VAE or to take turns with them
+                (``in_turn``). Those of transformers are recomputed with them; ComfyUI's own run only in the
+                surroundings that ``NativeJudge`` gives them.
         """
         patched = self.model
         # Compiled code is of the model without LoRA, and of the user's copy of it where ours has weights of its own.
@@ -173,9 +174,10 @@ class ComfyStudent:
             extra += comfy.sampler_helpers.get_additional_models_from_model_options(model_options)
             extra += model.get_nested_additional_models() + model.model_patches_models()
             memory, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
-            memory += self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
-            models = [model, self.decoder, *beside, *extra]
-            stack.enter_context(loaded_for_training(models, int(memory * TRAINING_MEMORY)))
+            decode = self.vae.memory_used_decode(noise_shape, self.vae.vae_dtype) * noise_shape[0]  # it is for one
+            groups = {"model with VAE": [model, self.decoder, *extra], **{n: [p] for n, p in zip(JUDGES, beside)}}
+            self.turns = Turns(groups, int((memory + decode) * TRAINING_MEMORY), int(max(memory, decode)))
+            stack.enter_context(self.turns)
             self._all_conds = conds
             return model.model, self._conds_of_a_draw(0), extra
 
@@ -221,17 +223,28 @@ class ComfyStudent:
         self._extra_args["seed"] = seed  # ancestral samplers draw their own noise from it
         return comfy.sample.prepare_noise(self._latent, seed, self.noise_indices).to(self._latent.device)
 
-    def free_memory(self) -> int:
-        """Bytes that are free for activations on the device that computes."""
-        return int(mm.get_free_memory(self.model.load_device))
+    def in_turn(self, judge: ManagedJudge) -> InTurn:
+        """The judge for the loop, one of those beside: where they take turns, it comes to the device as it is asked."""
+        return InTurn(judge, self.turns)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether model and judge are on the device one after the other, so that no graph outlives a look."""
+        return self.turns.apart
+
+    def free_memory(self, wanted: float = 0) -> int:
+        """Bytes that are free for activations on the device that computes, after evicting models that take no part if
+        ``wanted`` bytes were not."""
+        self.turns.make_room(wanted)
+        return self.turns.free()
 
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:
         """x_σk: the schedule walked from pure noise to step ``k`` (0 <= k <= steps), LoRA on, without gradients."""
+        self.turns.need(self.model)
         self._denoiser.noise = noise
         model_sampling = self._guider.inner_model.model_sampling
-        full = self.sampler.max_denoise(self._guider, self._sigmas)
-        x = model_sampling.noise_scaling(self._sigmas[0], noise, self._latent, full)
+        x = model_sampling.noise_scaling(self._sigmas[0], noise, self._latent, self._full_denoise)
         if k == 0:
             return x
         own_args = dict(self._extra_args)  # CFG++ samplers leave a function in them that calls for the negative prompt
@@ -252,6 +265,7 @@ class ComfyStudent:
         Raises:
             RuntimeError: a patch on the MODEL holds tensors that autograd refuses.
         """
+        self.turns.need(self.model)
         try:
             return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
         except RuntimeError as error:
@@ -267,6 +281,7 @@ class ComfyStudent:
 
         Frames of a video latent are laid out along the batch.
         """
+        self.turns.need(self.decoder)
         latent = self._guider.inner_model.process_latent_out(x0)
         latent = latent.to(self.vae.device, self.vae.vae_dtype)
         if latent.ndim == 4 and latent.device.type == "cpu":
@@ -300,6 +315,7 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
+        student._full_denoise = student.sampler.max_denoise(model_wrap, sigmas)  # reads from the device
         student._conds = [
             comfy.samplers.process_conds(
                 model_wrap.inner_model, noise, student._conds_of_a_draw(prompt), noise.device, latent_image,

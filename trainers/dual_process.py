@@ -233,19 +233,24 @@ def one_pass(
 ):
     """One batch of pictures from ``x`` at σk, judged; adds ``gradient_scale`` times the loss's gradient to the LoRA's.
 
-    ``noise`` is what the draw began with.
+    ``noise`` is what the draw began with. Where student and judge take turns on the device, no graph of the student can
+    wait for the judge's gradient, so that the picture is computed a second time.
 
     Returns:
         Loss, mean score [Q], pictures [B, 3, H, W], unclamped.
     """
     before = shown(untaught(student, noise, k), settings, rng) if objective.compares else None
-    x0 = student.predict(x, k)
-    image = student.decode(x0)
+    with torch.set_grad_enabled(not student.takes_turns):
+        x0 = student.predict(x, k)
+        image = student.decode(x0)
 
     # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
     seen = image.detach().clamp(0, 1).requires_grad_()
     loss, scores = objective(judge, shown(seen, settings, rng), before)
     (loss * judge.gradient_scale).backward()
+    if student.takes_turns:
+        x0 = student.predict(x, k)
+        image = student.decode(x0)
     pushed, pushes = [image], [seen.grad / judge.gradient_scale]
     if settings.anchor:
         with torch.no_grad(), student.lora.disabled():

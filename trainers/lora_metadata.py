@@ -125,6 +125,7 @@ def _story(
         "settings": asdict(settings),
         "recomputed": student.recompute.on,
         "memory_plan": plan and asdict(plan),
+        "took_turns": student.takes_turns,
         "steps_done": len(run.loss),
         "kept_step": run.checks[-1].step,
         "steps_skipped": run.skipped,

@@ -58,13 +58,26 @@ class MemoryPlan:
 def plan_memory(student, judge, objective: Objective, settings: Settings) -> MemoryPlan:
     """Rehearse one pass, and leave ``student.recompute`` so that as much is kept as surely fits.
 
-    The LoRA is left as it was, without gradients.
+    Models of others are evicted for it, and where not even recomputing fits beside all weights, student and judge take
+    turns from here on. The LoRA is left as it was, without gradients.
 
     Args:
         student: a ``ComfyStudent`` that is being run.
+        judge: what its ``in_turn`` makes of the judge, wherever they may have to take turns.
     """
-    free, recompute = student.free_memory(), student.recompute
-    rehearsal = rehearse(student, judge, objective, settings)
+    rehearsed, recompute = (student, judge, objective, settings), student.recompute
+    try:
+        rehearsal = rehearse(*rehearsed)
+        free = student.free_memory(wanted=rehearsal.peak(rehearsal.blocks) * HEADROOM)
+        fits = rehearsal.peak(frozenset()) * HEADROOM <= free
+    except torch.OutOfMemoryError:
+        if not student.turns.can_part:
+            raise
+        fits = False
+    if not fits and student.turns.can_part:
+        student.turns.part()
+        rehearsal = rehearse(*rehearsed)
+        free = student.free_memory()
     everything = rehearsal.blocks
     kept = rehearsal.choose(free / HEADROOM)
     recompute.on, recompute.kept = kept != everything, kept
