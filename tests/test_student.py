@@ -211,15 +211,15 @@ def test_the_file_is_what_was_trained(lab, name):
 
 
 def test_memory_for_decoding_the_whole_batch_is_asked_for(lab, monkeypatch):
-    from dual_process.trainers import comfy_student
+    from dual_process.trainers import comfy_memory, comfy_student
 
-    asked, load = [], comfy_student.loaded_for_training
+    asked, load = [], comfy_memory.loaded_for_training
 
     def record(patchers, memory):
         asked.append(memory)
         return load(patchers, memory)
 
-    monkeypatch.setattr(comfy_student, "loaded_for_training", record)
+    monkeypatch.setattr(comfy_memory, "loaded_for_training", record)
     for decode in (0, 1000):
         student = lab.build_student("SD3", latent=lab.build_latent("SD3", batch=2))
         student.vae.memory_used_decode = lambda shape, dtype, decode=decode: decode
