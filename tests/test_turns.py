@@ -10,7 +10,7 @@ import torch
 
 from dual_process.tests.gradients import give_lora_a_value
 from dual_process.trainers.dual_process import Settings, one_pass, train
-from dual_process.trainers.memory_plan import HEADROOM, plan_memory, predicted_peaks
+from dual_process.trainers.memory_plan import HEADROOM, plan_memory, rehearse
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.overlay import BeforeAfter
 from dual_process.vlm.question import Question
@@ -19,15 +19,6 @@ QUESTIONS = [Question("Is the line thick?"), Question("Are the colours warm?", "
 GOAL = Objective(QUESTIONS)
 QUIET = {"drift_limit": 0.0, "held": 1.1}
 AMPLE = 1e12
-
-
-@pytest.fixture
-def lab(comfy):
-    """Builders of tiny models, in the inference mode that ComfyUI runs nodes in."""
-    from dual_process.tests import architectures
-
-    with torch.inference_mode():
-        yield architectures
 
 
 @pytest.fixture
@@ -41,6 +32,12 @@ def device(comfy, monkeypatch):
     with monkeypatch.context() as patched:
         yield SmallDevice(patched, AMPLE)
         mm.unload_all_models()
+
+
+def peaks(student, judge) -> tuple[int, int]:
+    """Bytes beyond the weights of a pass that keeps everything, and of one that recomputes every block."""
+    rehearsal = rehearse(student, judge, GOAL, Settings())
+    return rehearsal.peak(rehearsal.blocks), rehearsal.peak(frozenset())
 
 
 def weights(*patchers) -> int:
@@ -147,7 +144,7 @@ def test_turns_where_weights_fit_but_no_step(lab, device, what):
 
     def loop():
         given = student.in_turn(judge)
-        keeping, recomputing = predicted_peaks(student, given, GOAL, Settings())
+        keeping, recomputing = peaks(student, given)
         if what == "activations":
             device.size = all_weights + HEADROOM * recomputing - 1
         else:
@@ -157,7 +154,7 @@ def test_turns_where_weights_fit_but_no_step(lab, device, what):
         plan = plan_memory(student, given, GOAL, Settings())
         assert student.takes_turns
         heaviest = weights(student.model, student.decoder)
-        assert plan.free == int(device.size - heaviest) and plan.recompute == (what == "activations")
+        assert plan.free == int(device.size - heaviest) and student.recompute.on == (what == "activations")
         assert plan.recomputing <= recomputing, "the weights that moved are not counted"
         sizes = f"model with VAE {heaviest / 1e9:.2f} GB, judge {weights(judge.patcher) / 1e9:.2f} GB"
         wanted = rf"Taking turns: .* {device.size / 1e9:.2f} GB \({sizes}\)\. .*took model with VAE \d+\.\d s, judge \d"
@@ -181,10 +178,10 @@ def test_a_step_that_fits_keeps_all_together(lab, device):
 
     def loop():
         given = student.in_turn(judge)
-        _, recomputing = predicted_peaks(student, given, GOAL, Settings())
+        _, recomputing = peaks(student, given)
         device.size = weights(student.model, student.decoder, judge.patcher) + HEADROOM * recomputing + 1
         plan = plan_memory(student, given, GOAL, Settings())
-        assert plan.recompute and not student.takes_turns
+        assert student.recompute.on and not student.takes_turns
 
     student.run(loop, [judge.patcher])
 
@@ -204,12 +201,12 @@ def test_others_are_evicted_as_the_judge_needs(lab, device, share, stays):
     def loop():
         mm.load_models_gpu([other])
         given = student.in_turn(judge)
-        keeping, _ = predicted_peaks(student, given, GOAL, Settings())
+        keeping, _ = peaks(student, given)
         device.size = everything + HEADROOM * keeping / share
         plan = plan_memory(student, given, GOAL, Settings())
         assert (text_encoder in device.here) == stays and not student.takes_turns
         assert plan.free == int(device.size - everything + (0 if stays else weights(other)))
-        assert plan.recompute == (HEADROOM * keeping > plan.free)
+        assert student.recompute.on == (HEADROOM * keeping > plan.free)
 
     student.run(loop, [judge.patcher])
 
