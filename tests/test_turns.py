@@ -180,7 +180,7 @@ def test_a_step_that_fits_keeps_all_together(lab, device):
         given = student.in_turn(judge)
         _, recomputing = peaks(student, given)
         device.size = weights(student.model, student.decoder, judge.patcher) + HEADROOM * recomputing + 1
-        plan = plan_memory(student, given, GOAL, Settings())
+        plan_memory(student, given, GOAL, Settings())
         assert student.recompute.on and not student.takes_turns
 
     student.run(loop, [judge.patcher])

@@ -119,10 +119,10 @@ def decoded(decode: Callable[[Tensor], Tensor], rows: Tensor, recompute: Recompu
     While ``recompute`` is on, it is done in ``GROUPS``. Where the whole VAE is recomputed, nothing is held while the
     judge looks, and later no more than one group; blocks that are recomputed too run twice more then.
     """
-    if not (recompute.on and torch.is_grad_enabled() and rows.requires_grad):
+    if not recompute.on:
         return decode(rows)
     groups = rows.split(-(-len(rows) // GROUPS))
-    if WHOLE_VAE in recompute:
+    if WHOLE_VAE in recompute and torch.is_grad_enabled() and rows.requires_grad:
         return torch.cat([_Again.apply(group, decode, recompute) for group in groups])
     return torch.cat([decode(group) for group in groups])
 
