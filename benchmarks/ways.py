@@ -67,7 +67,7 @@ class Ours:
 
     def settle(self, free: float) -> MemoryPlan:
         """Recompute what the trainer chooses with ``free`` bytes beside the weights."""
-        self.student.free_memory = lambda: free
+        self.student.free_memory = lambda wanted=0: free
         return self.student.run(
             lambda: plan_memory(self.student, self.judge.judge, self.objective, self.settings),
             beside=[self.judge.patcher],

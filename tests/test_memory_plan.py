@@ -73,7 +73,7 @@ def test_what_fits_is_taken(lab):
     recompute = student.recompute
 
     def planned(free: float) -> MemoryPlan:
-        student.free_memory = lambda wanted: free
+        student.free_memory = lambda wanted=0: free
         return plan_memory(student, judge.judge, GOAL, Settings())
 
     def loop():
