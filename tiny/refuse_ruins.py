@@ -1,7 +1,8 @@
-"""Last stage of the judge's training: say No to the ruins that it still takes for scenes, and change nothing else.
+"""Last stage of the judge's training: say No to the ruins that it still takes for scenes, and Yes as surely as before.
 
-About scenes its own log-odds of before are the targets (Li and Hoiem, arXiv 1606.09282). Without that, more ruins make
-a judge lean to No about everything.
+Whether a scene is clean it goes on saying as it did (Li and Hoiem, arXiv 1606.09282): more ruins alone make a judge
+lean to No about everything. Of the properties it learns a slope, for a No as sure as ever, whatever the picture, leaves
+a generator nothing to follow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import scenes
 from .build_judge import ASKED, POOL, Pictures, Prompts, answer_ids, answer_logits, moved_to_err, save_average
 from .build_student import Student, half_denoised
 from .judge_folder import new_processor
@@ -25,6 +27,10 @@ log = logging.getLogger(__name__)
 STEPS, PEAK_RATE, SCENES, REFUSED_ODDS = 800, 5e-4, 12, -2.0
 # kinds of ruins, how many are made for a step, and how many of them, which the judge likes best, are learned from
 SHOWN = ((("bands",), 24, 5), (("blobs",), 12, 3), (("near_black", "ladder"), 2, 1), (tuple(RUINS), 4, 3))
+# property -> where it is none, half way, and at its upper end; the palette is what judges are flattest about
+WAYS = {"horizon": (0.78, 0.5, 0.22), "palette": (0.0, 0.5, 1.0), "line": (0.7, 2.45, 4.2), "depth": (-1.0, 0.0, 1.0)}
+SHARES = torch.tensor((1.0, 3.0, 1.0, 1.0))  # how often each is on its way
+SURE = (3.6, 5.0)  # log-odds of a sure Yes and of a sure No
 
 
 def refuse_ruins(first: Path, folder: Path, student: Path, vae: nn.Module, device: str, steps: int = STEPS,
@@ -52,24 +58,58 @@ def refuse_ruins(first: Path, folder: Path, student: Path, vae: nn.Module, devic
     for step in range(steps):
         with torch.no_grad():
             ruins = torch.cat([_liked(asker, model, pictures, *shown) for shown in SHOWN])
-            images = torch.cat((ruins, pictures.undisturbed(SCENES)))
+            shown, place = on_the_way(pictures, SCENES)
+            images = torch.cat((ruins, shown))
             ruined = torch.arange(len(images), device=device) < len(ruins)
             asked = asker.questions(len(images), pictures.generator)
             pictures.disturb(images, 2 / 3, 1)
-            said = asker.odds(before, images, asked)[0]
+            said = asker.odds(before, images[~ruined], asked[~ruined])[0]
+            wanted = sloped(said, place, asker.prompts.side[asked[~ruined]])
         if step % 2:
-            signs = torch.where(ruined[:, None], -1.0, said.sign())
+            signs = torch.cat((-torch.ones(len(ruins), ASKED, device=device), wanted.sign()))
             images = _pushed(asker, model, images, asked, signs, pictures.generator)
         odds, other = asker.odds(model, images, asked)
-        kept = nn.functional.smooth_l1_loss(odds[~ruined], said[~ruined])
+        kept = nn.functional.smooth_l1_loss(odds[~ruined], wanted)
         refused = nn.functional.softplus(odds[ruined] - REFUSED_ODDS).mean()
-        descend(1.5 * kept + 0.7 * refused + other, parameters, optimiser, learning_rate(step, steps, PEAK_RATE))
+        descend(2 * kept + 0.7 * refused + other, parameters, optimiser, learning_rate(step, steps, PEAK_RATE))
         average.update(model)
         if step % 100 == 0:
             log.info("refuse %d/%d kept %.3f refused %.3f %.0f s",
                      step, steps, kept.item(), refused.item(), time.time() - start)
     save_average(average, processor, model, folder)
     return {"seconds": time.time() - start}
+
+
+def on_the_way(pictures: Pictures, count: int) -> tuple[Tensor, Tensor]:
+    """Scenes [B, 3, 64, 64] with one property anywhere between its ends, every second one out of the pool, and where
+    each property stands [B, 4]: -1 at its lower end, 1 at its upper end."""
+    g = pictures.generator
+    a = scenes.attributes(torch.rand(count, len(scenes.FACTORS), generator=g))
+    a["sun_y"] = 0.1 + 0.8 * torch.rand(count, generator=g)
+    moved = torch.multinomial(SHARES, count, True, generator=g)
+    for column, (name, (low, _, high)) in enumerate(WAYS.items()):
+        a[name] = torch.where(moved == column, low + (high - low) * torch.rand(count, generator=g), a[name])
+    a["horizon_line"] = a["line"]
+    images, place = scenes.draw(a), _place(a)
+    rows = torch.randint(0, len(pictures.pool[0]), (count // 2,), generator=g).to(pictures.device)
+    images, place = images.to(pictures.device), place.to(pictures.device)
+    images[1::2], place[1::2] = pictures.pool[1][rows], _place(scenes.attributes(pictures.pool[0][rows]))
+    return images, place
+
+
+def _place(a: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(a[name] - middle) / (high - middle) for name, (_, middle, high) in WAYS.items()], 1)
+
+
+def sloped(said: Tensor, place: Tensor, side: Tensor) -> Tensor:
+    """Wanted log-odds [B, Q] where the judge ``said`` something about scenes whose properties stand at ``place``
+    [B, 4], asked for ``side`` [B, Q, 4]: steep at the border, then a slope for No and almost none for Yes. Less where
+    the judge was less sure, for it saw a half-denoised picture; about anything but a property, what it said."""
+    t = (place[:, None] * side).sum(-1)
+    slope = torch.where(t > 0, 3.7 * torch.tanh(5 * t), -4.4 * torch.tanh(12 * t.abs()) - 1.6 * t.abs())
+    sure = torch.where(t > 0, *SURE)
+    agreed = said.sign() == t.sign()
+    return torch.where(agreed, slope * (said.abs() / sure).clamp(max=1), said)
 
 
 class Asker:
