@@ -89,7 +89,8 @@ def test_memory(pair):
     ours, published = found["peak_mb"]["checkpointed"], found["peak_mb"]["published"]
     assert set(ours) == {"whole", *PHASES, "VAE backward", "generator backward", "optimiser"}
     assert "anchor" in found["peak_mb"]["default"] and ours["whole"] == max(ours.values())
-    assert ours["whole"] < published["whole"] and found["ratios"]["automatic_over_published"] < 0.4
+    assert ours["whole"] < published["whole"]
+    assert ours["whole"] <= found["peak_mb"]["automatic"]["whole"]
     for name in ("plain", "automatic", "checkpointed", "default"):
         assert found["ratios"][f"{name}_predicted_over_measured"] == pytest.approx(1, rel=0.15), name
 

@@ -135,7 +135,7 @@ def as_plain_checkpointing_does(forward):
 def test_blocks_that_overwrite_their_inputs(lab, name, monkeypatch):
     from dual_process.trainers import checkpointing
 
-    monkeypatch.setattr(checkpointing, "_checkpointed", lambda forward, _: as_plain_checkpointing_does(forward))
+    monkeypatch.setattr(checkpointing, "_checkpointed", lambda forward, *_: as_plain_checkpointing_does(forward))
     with pytest.raises(RuntimeError, match="The gradient is not the model's.*Turn checkpointing off"):
         check(lab.build_student(name))
 
