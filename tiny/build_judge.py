@@ -114,7 +114,7 @@ class Pictures:
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.pool = device, pool
 
-    def pick(self, choices: dict[str, Ruin]) -> Ruin:
+    def _pick(self, choices: dict[str, Ruin]) -> Ruin:
         return list(choices.values())[int(torch.randint(0, len(choices), (), generator=self.generator))]
 
     def _factors(self, count: int) -> Tensor:
@@ -143,23 +143,11 @@ class Pictures:
             u[1::2], images[1::2] = self.pool[0][rows], self.pool[1][rows]
         ruined = torch.arange(count, device=self.device) < count * 7 // 16
         for row in range(int(ruined.sum())):
-            images[row:row + 1] = self.pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
-        self.disturb(images, 3 / 4, 2)
+            images[row:row + 1] = self._pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
+        for part in torch.randperm(count, generator=g).split(4)[: count // 4 * 3 // 4]:
+            for _ in range(int(torch.randint(1, 3, (), generator=g))):
+                images[part] = self._pick(DISTURBANCES)(images[part], g)
         return images, u, ruined
-
-    def undisturbed(self, count: int) -> Tensor:
-        """Scenes [B, 3, 64, 64], every second one out of the pool."""
-        images = self._render(self._factors(count))
-        rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=self.generator).to(self.device)
-        images[1::2] = self.pool[1][rows]
-        return images
-
-    def disturb(self, images: Tensor, share: float, most: int) -> None:
-        """Disturb ``share`` of the pictures in place, four alike, each 1 to ``most`` times."""
-        g, fours = self.generator, len(images) // 4
-        for part in torch.randperm(len(images), generator=g).split(4)[: round(fours * share)]:
-            for _ in range(int(torch.randint(1, most + 1, (), generator=g))):
-                images[part] = self.pick(DISTURBANCES)(images[part], g)
 
 
 def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
@@ -191,7 +179,12 @@ def attacked(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Te
     rows = torch.randperm(len(images), generator=generator)[: len(images) // 2].to(images.device)
     moved = images[rows].clone().requires_grad_()
     loss, _, _ = _loss(model, prompts, (moved, u[rows], ruined[rows]), asked[rows], ids)
-    return moved_to_err(images, rows, moved, loss, generator), u, ruined
+    (gradient,) = torch.autograd.grad(loss, moved)
+    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
+    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+    images = images.clone()
+    images[rows] = (images[rows] + step).clamp(0, 1)
+    return images, u, ruined
 
 
 def learn_to_look(model: nn.Module, pictures: Pictures, steps: int) -> None:
@@ -265,10 +258,10 @@ def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder
             log.info("judge %d/%d loss %.3f right %.3f %.0f s",
                      step, steps, loss.item(), right.item(), time.time() - start)
         if step % 500 == 499 or step == steps - 1:
-            save_average(average, processor, model, folder)
+            _save_average(average, processor, model, folder)
 
 
-def save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
+def _save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
     """Save the averaged weights; ``model`` keeps its own."""
     averaged = new_model(processor)
     average.copy_to(averaged)
@@ -287,16 +280,6 @@ def finish_judge(first: Path, folder: Path, student: Path, vae: nn.Module, devic
     learn_to_answer(model, new_processor(), pictures, folder, steps, finish=True)
     sharpened = sharpen(folder, device)
     return {"seconds": time.time() - start, "sharpened": sharpened}
-
-
-def moved_to_err(images: Tensor, rows: Tensor, moved: Tensor, loss: Tensor, generator: torch.Generator) -> Tensor:
-    """``images`` with ``rows`` replaced by ``moved`` after a step of length 0 to `ATTACK` that raises ``loss``."""
-    (gradient,) = torch.autograd.grad(loss, moved)
-    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
-    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-    images = images.clone()
-    images[rows] = (images[rows] + step).clamp(0, 1)
-    return images
 
 
 def main_odds(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: Tensor) -> Tensor:
