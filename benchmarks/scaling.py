@@ -65,7 +65,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(found), 6), layout="constrained")
-    panels = figure.subplots(2, len(found), squeeze=False)
+    panels = figure.subplots(2, len(found), squeeze=False, sharey="row")
     for column, (name, one) in zip(panels.T, found.items()):
         for panel, what in zip(column, WHAT):
             panel.loglog(one["sizes"], one[what], "o-")
