@@ -81,14 +81,14 @@ def plan_memory(student, judge, objective: Objective, settings: Settings) -> Mem
     everything = rehearsal.blocks
     kept = rehearsal.choose(free / HEADROOM)
     recompute.on, recompute.kept = kept != everything, kept
-    some, all = (Counter(block.part for block in blocks) for blocks in (everything - kept - {WHOLE_VAE}, everything))
-    all[DECODER] -= WHOLE_VAE in everything
+    blocks = everything - {WHOLE_VAE}
+    recomputed, there = (Counter(block.part for block in some) for some in (blocks - kept, blocks))
     return MemoryPlan(
         keeping=rehearsal.peak(everything),
         recomputing=rehearsal.peak(frozenset()),
         chosen=rehearsal.peak(kept),
         free=free,
-        blocks={part: (some[part], all[part]) for part in (GENERATOR, DECODER, JUDGE)} if recompute.on else {},
+        blocks={part: (recomputed[part], there[part]) for part in (GENERATOR, DECODER, JUDGE)} if recompute.on else {},
         whole_vae=WHOLE_VAE in everything - kept,
     )
 
