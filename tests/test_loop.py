@@ -222,13 +222,22 @@ def test_which_steps_are_learned():
     assert list(Settings(learn_at=LATE_STEPS).learned_steps(50)) == list(range(37, 50))
 
 
-def test_drifting_pictures_end_the_training_and_are_not_kept():
-    """The goal is brighter pictures; too much brighter is called ruined, and the LoRA of the check before is kept."""
+def test_a_run_whose_pictures_drift_goes_back_and_on_more_carefully_and_ends_at_the_fourth_time():
+    """The goal is brighter pictures; too much brighter is called ruined, and the LoRA of the best check is kept."""
     student, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1)
-    *fine, drifted, kept = run.checks
+    *_, drifted, kept = run.checks
     said = warning(drifted.changes, 0.1)
     assert run.stopped == f"at step {drifted.step}, because pictures got {said}" and said
-    assert kept is fine[-1] and kept.step == drifted.step - 1 > 0 and not warning(kept.changes, 0.1)
+    ruined = [check.step for check in run.checks[1:] if warning(check.changes, 0.1)]
+    assert ruined == [*run.retreats, drifted.step] and len(run.retreats) == 3
+    assert not warning(kept.changes, 0.1)
+
+    def brightness(step: int) -> float:
+        return run.checks[step].pictures.mean().item()
+
+    strides = [brightness(step + 1) - brightness(step - 1) for step in run.retreats[:2]]  # from the kept LoRA on
+    first = brightness(1) - brightness(0)
+    assert strides == [pytest.approx(first / 3, rel=0.05), pytest.approx(first / 9, rel=0.05)]
     assert 0.3 + student.lora.shift.item() == pytest.approx(kept.pictures.mean().item(), abs=1e-3)
     assert "pictures got" not in teach(check_every=1, learning_rate=0.01, drift_limit=0.0)[1].stopped
 

@@ -24,6 +24,7 @@ CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
 NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
 LOOKS = 5  # in a row that must hold before training stops: pictures are still getting cleaner after the first
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
+RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
 # ones how it is drawn.
@@ -54,7 +55,8 @@ class Settings:
             paper's choice.
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
             is checked on held-out seeds, and what is handed back.
-        drift_limit: change of the held-out pictures (``guards.changes``) at which training stops; 0 never stops.
+        drift_limit: change of the held-out pictures (``guards.changes``) at which training goes back to its best look
+            and on at a third of the rate, and after ``RETREATS`` times stops; 0 never does. Read while looking.
         accumulate: passes of one batch, each with a noise of its own, whose gradients make one step.
     """
 
@@ -98,7 +100,8 @@ class Check:
 class Run:
     """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
 
-    ``skipped`` counts the steps that were not taken because their gradient was not finite.
+    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``retreats``: the steps at
+    which training went back to its best look, because pictures had drifted.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
     one with the LoRA that was kept.
@@ -108,7 +111,14 @@ class Run:
     scores: list[list[float]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     skipped: int = 0
+    retreats: list[int] = field(default_factory=list)
     stopped: str = "all steps done"
+
+
+def went_back(retreats: list[int]) -> str:
+    """A run's retreats, in words; empty without any."""
+    steps = ", ".join(map(str, retreats))
+    return f"; pictures drifted, so it went back to its best LoRA at step {steps}" if steps else ""
 
 
 def train(
@@ -130,10 +140,14 @@ def train(
     """
     run = Run()
     parameters = list(student.lora.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+
+    def beginning() -> tuple[torch.optim.AdamW, Average]:
+        rate = settings.learning_rate / 3 ** len(run.retreats)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0), Average(parameters, settings.average)
+
+    optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
     run.checks.append(check(student, judge, second, objective, settings, step=0))
-    average = Average(parameters, settings.average)
     objective = objective.start_from(run.checks[0].scores)
     chooser = objective.start_from(run.checks[0].second or run.checks[0].scores)
 
@@ -143,7 +157,7 @@ def train(
     def holds(check: Check) -> bool:
         return settings.check_every > 0 and min(objective.standing(check.scores), standing(check)) >= settings.held
 
-    best, kept = run.checks[0], student.lora.snapshot()
+    best, kept, looks = run.checks[0], student.lora.snapshot(), run.checks[:]
     if holds(best):
         run.stopped = "held before the first step: there is nothing to teach"
         return run
@@ -169,14 +183,21 @@ def train(
         optimizer.zero_grad()
         if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
             with average.applied():
-                run.checks.append(check(student, judge, second, objective, settings, step, run.checks[0].pictures))
-                drift = warning(run.checks[-1].changes, settings.drift_limit or math.inf)
-                if drift and settings.check_every:
-                    run.stopped = f"at step {step}, because pictures got {drift}"
-                    break
-                if settings.check_every == 0 or standing(run.checks[-1]) >= max(map(standing, run.checks)) - NOISE:
-                    best, kept = run.checks[-1], student.lora.snapshot()
-            if all(map(holds, run.checks[-LOOKS:])):
+                look = check(student, judge, second, objective, settings, step, run.checks[0].pictures)
+                run.checks.append(look)
+                drift = warning(look.changes, settings.drift_limit or math.inf) if settings.check_every else ""
+                if not drift:
+                    looks.append(look)
+                    if settings.check_every == 0 or standing(look) >= max(map(standing, looks)) - NOISE:
+                        best, kept = look, student.lora.snapshot()
+            if drift and len(run.retreats) == RETREATS:
+                run.stopped = f"at step {step}, because pictures got {drift}"
+                break
+            if drift:
+                run.retreats.append(step)
+                student.lora.load_state_dict(kept)
+                optimizer, average = beginning()
+            elif all(map(holds, looks[-LOOKS:])):
                 run.stopped = f"held at step {step}"
                 break
     student.lora.load_state_dict(kept)

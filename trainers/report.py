@@ -13,7 +13,7 @@ from html import escape
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .dual_process import CHECK_SEEDS, Run
+from .dual_process import CHECK_SEEDS, Run, went_back
 from .guards import NOTICEABLE, RELATIVE, faults, warning
 from .sheet import GAP, INK, PAPER, font, grid, to_image
 
@@ -101,7 +101,10 @@ class Report:
         """How the run ended, in a sentence."""
         skipped = self.story["steps_skipped"]
         left_out = f" ({skipped} more had no finite gradient and were left out)" if skipped else ""
-        return f"{len(self.loss)} steps{left_out}: {self.story['stopped']}. Kept: the LoRA of step {self.after.step}."
+        back = went_back(self.story.get("went_back_at", []))
+        return (
+            f"{len(self.loss)} steps{left_out}: {self.story['stopped']}{back}. Kept: the LoRA of step {self.after.step}."
+        )
 
     def changed(self) -> str:
         """What became of the pictures besides, in a sentence."""
