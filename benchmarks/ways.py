@@ -121,14 +121,19 @@ class Ideal:
 
         with gradients(), measured():
             for name in ("generator", "VAE", "judge"):
-                self._there_and_back(name)
+                self._share(name)
 
-    def _there_and_back(self, name: str) -> None:
+    def there_and_back(self, name: str) -> Tensor:
+        """Run one model forward and backward; the gradient with respect to the activations it is given."""
+        given, made = self._forward(name)
+        return torch.autograd.grad(made, given, torch.ones_like(made))[0]
+
+    def _share(self, name: str) -> None:
+        """What one model does in a step; the generator has the rollout too."""
         with torch.no_grad():
             for _ in range(K if name == "generator" else 0):
                 self._forward(name)
-        given, made = self._forward(name)
-        torch.autograd.grad(made, given, torch.ones_like(made))
+        self.there_and_back(name)
 
     def seconds_of_each(self) -> dict[str, float]:
         """CPU seconds that each model takes of the ideal step, median of three: bare forward and backward, for the
@@ -137,7 +142,7 @@ class Ideal:
 
         def once(name: str) -> float:
             start = time.process_time()
-            self._there_and_back(name)
+            self._share(name)
             return time.process_time() - start
 
         with gradients():
