@@ -4,9 +4,12 @@
 
 Students and judges have the published shapes and random weights, made on the GPU: FLUX schnell (12 B, bf16 and fp8)
 and SDXL, each with its own VAE's shape; Qwen2.5-VL of 7 B and 3 B and SmolVLM of 2 B, in bf16 and, where bitsandbytes
-is installed, in 4 bits; 512 and 1024 px, three questions. Ratios are ours over the published way. What does not fit
-into the GPU's memory says so; where model and judge take turns, ``moving_seconds`` are what bringing each took, once
-a step. ``--tiny`` runs the same code on tiny models, on a CPU too.
+is installed, in 4 bits; 512 and 1024 px, three questions. ``default`` is the trainer's own step, with the anchor, and
+recomputes what the trainer chooses for the memory that is free (``chosen``); ``checkpointed`` recomputes everything and
+``plain`` nothing, without anchor. Ratios are ours over the published way, of memory beyond what was held before the
+step; ``whole_peak_mb`` is with the weights. What does not fit into the GPU's memory says so; where model and judge take
+turns, ``moving_seconds`` are what bringing each took, once a step. ``--tiny`` runs the same code on tiny models, on a
+CPU too.
 """
 
 from __future__ import annotations
@@ -186,36 +189,39 @@ class Gauge:
             spent[phase] = spent.get(phase, 0.0) + end - start
         return {phase: seconds / sum(spent.values()) for phase, seconds in spent.items()}
 
-    def peak_mb(self, way: Ours, seed: int) -> float:
-        """Most memory that a step needs beyond what was held before it, weights included."""
+    def peaks_mb(self, way: Ours, seed: int) -> dict[str, float]:
+        """Most memory that a step needs beyond what is held before it, and on a GPU the whole, weights included."""
         if not self.on_gpu:
             memory = LiveMemory()
             way.run(seed, lambda: memory)
-            return memory.peak / MB
-        found = []
+            return {"peak_mb": memory.peak / MB}
+        found = {}
 
         @contextmanager
         def measured():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             yield
-            found.append((torch.cuda.max_memory_allocated() - before) / MB)
+            whole = torch.cuda.max_memory_allocated()
+            found.update(peak_mb=(whole - before) / MB, whole_peak_mb=whole / MB)
 
         way.run(seed, measured)
-        return found[0]
+        return found
 
 
 def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
-    """Steps a second, peak memory and shares of one way; or that it does not fit."""
+    """Steps a second, peak memory and shares of one way, and what it chose; or that it does not fit."""
     try:
         way = make()
         gauge.seconds(way, 0)
         steps = [gauge.seconds(way, 1 + i) for i in range(repeats)]
         found = {
             "steps_per_second": 1 / statistics.median(steps),
-            "peak_mb": gauge.peak_mb(way, 1),
+            **gauge.peaks_mb(way, 1),
             "shares": gauge.shares(way, 1),
         }
+        if way.plan:
+            found["chosen"] = way.plan.sentence()
         turns = way.student.turns
         return found | ({"moving_seconds": turns.seconds} if turns.apart else {})
     except torch.OutOfMemoryError:
@@ -231,10 +237,17 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def by_default(pair) -> Ours:
+    """Our step as the trainer takes it if nothing is changed there."""
+    way = Ours(pair, QUESTIONS, checkpointed=True, settings=ANCHORED)
+    way.settle()
+    return way
+
+
 def compare(pair, gauge: Gauge, repeats: int) -> dict:
-    """Our step as it is by default and without checkpointing and anchor, the published one, and the ratios."""
+    """Our step by default, with everything recomputed and with nothing, the published one, and the ratios."""
     ways = {
-        "default": lambda: Ours(pair, QUESTIONS, checkpointed=True, settings=ANCHORED),
+        "default": lambda: by_default(pair),
         "checkpointed": lambda: Ours(pair, QUESTIONS, checkpointed=True),
         "plain": lambda: Ours(pair, QUESTIONS, checkpointed=False),
         "published": lambda: Published(pair, QUESTIONS),

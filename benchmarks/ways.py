@@ -34,14 +34,19 @@ class Ours:
     Args:
         pair: student and judge.
         questions: how many are asked.
-        checkpointed: recompute all blocks of generator, VAE and judge in backward.
+        checkpointed: recompute all blocks of generator, VAE and judge in backward; ``settle`` may choose otherwise.
         settings: with or without anchor.
+    Attributes:
+        plan: what ``settle`` chose, None before.
+        apart: whether it chose to take turns.
     """
 
     def __init__(self, pair: Pair, questions: int, checkpointed: bool, settings: Settings = PLAIN):
         self.judge, self.settings = pair.judge, settings
         self.student, self.objective = pair.student(checkpointed), pair.objective(questions)
         self.optimizer = torch.optim.AdamW(self.student.lora.parameters(), lr=1e-5, weight_decay=0.0)
+        self.plan: MemoryPlan | None = None
+        self.apart = False
 
     def run(self, seed: int, measured=nullcontext, entered: Callable[[str], None] = lambda phase: None) -> None:
         """Take a step; ComfyUI's preparation around it stays outside of the context ``measured()``.
@@ -51,6 +56,9 @@ class Ours:
         student = Watched(self.student, entered)
 
         def loop() -> None:
+            if self.apart:
+                student.turns.part()
+                student.turns.need(student.model)
             judge = WatchedJudge(student.in_turn(self.judge), entered)
             student.use_prompt(seed % student.prompts)
             with measured():
@@ -65,13 +73,22 @@ class Ours:
 
         self.student.run(loop, beside=[self.judge.patcher])
 
-    def settle(self, free: float) -> MemoryPlan:
-        """Recompute what the trainer chooses with ``free`` bytes beside the weights."""
-        self.student.free_memory = lambda wanted=0: free
-        return self.student.run(
-            lambda: plan_memory(self.student, self.judge.judge, self.objective, self.settings),
-            beside=[self.judge.patcher],
-        )
+    def settle(self, free: float | None = None) -> MemoryPlan:
+        """Recompute what the trainer chooses, and take turns where it does, from now on.
+
+        Args:
+            free: bytes beside the weights; None: what the device has.
+        """
+        if free is not None:
+            self.student.free_memory = lambda wanted=0: free
+
+        def choose() -> None:
+            judge = self.student.in_turn(self.judge)
+            self.plan = plan_memory(self.student, judge, self.objective, self.settings)
+            self.apart = self.student.takes_turns
+
+        self.student.run(choose, beside=[self.judge.patcher])
+        return self.plan
 
     def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int) -> None:
         """Add the loss's gradient to the LoRA's, from ``x`` at σ_K."""

@@ -124,7 +124,24 @@ def test_gpu_tiny(tmp_path, comfyui):
     one = found["tiny FLUX fp8, tiny judge, 64 px"]["default"]
     assert found["tiny"] and one["steps_per_second"] > 0 and one["peak_mb"] > 0
     assert sum(one["shares"].values()) == pytest.approx(1)
+    assert one["chosen"].startswith("Keeping everything: "), "as the trainer does where there is room"
     assert "tiny FLUX bf16, tiny judge, 64 px: default: memory" in found["ratios"]
+
+
+def test_memory_on_a_gpu(monkeypatch):
+    """With and without what is there before the step."""
+    from dual_process.benchmarks import gpu
+
+    held = {"reset_peak_memory_stats": None, "memory_allocated": 5 * gpu.MB, "max_memory_allocated": 9 * gpu.MB}
+    for name, size in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda size=size: size)
+
+    class Way:
+        def run(self, seed, measured):
+            with measured():
+                pass
+
+    assert gpu.Gauge("cuda").peaks_mb(Way(), 1) == {"peak_mb": 4, "whole_peak_mb": 9}
 
 
 def test_compile(pair, monkeypatch):

@@ -272,3 +272,24 @@ def test_in_the_gpu_benchmark(lab, device, monkeypatch):
     moving = measure(lambda: ours, Gauge("cpu"), repeats=1)["moving_seconds"]
     assert set(moving) == {"model with VAE", "judge"} and all(seconds > 0 for seconds in moving.values())
     assert measure(lambda: published, Gauge("cpu"), repeats=1) == {"out_of_memory": True}
+
+
+@pytest.mark.parametrize("room", ["for everything", "with recomputation", "in turns"])
+def test_the_gpu_benchmark_takes_the_trainers_choice(lab, device, monkeypatch, room):
+    from dual_process.benchmarks.gpu import Gauge, by_default, measure
+    from dual_process.benchmarks.pairs import random_pair, sd3, smol_judge
+
+    pair = random_pair("tiny", sd3(2), smol_judge((1, 64), (1, 64), side=64), side=64)
+    monkeypatch.setattr("comfy.sampler_helpers.estimate_memory", lambda *_: (0, 0))
+    first = by_default(pair)
+    plan, student = first.plan, first.student
+    step = {
+        "for everything": HEADROOM * plan.keeping + 1,
+        "with recomputation": HEADROOM * (plan.keeping + plan.recomputing) / 2,
+        "in turns": HEADROOM * plan.recomputing - 1,
+    }
+    device.size = weights(student.model, student.decoder, pair.judge.patcher) + step[room]
+    found = measure(lambda: by_default(pair), Gauge("cpu"), repeats=1)
+    chosen = {"for everything": "Keeping everything: ", "with recomputation": "Recomputing ", "in turns": ""}
+    assert found["chosen"].startswith(chosen[room])
+    assert set(found.get("moving_seconds", ())) == ({"model with VAE", "judge"} if room == "in turns" else set())
