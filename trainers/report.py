@@ -101,10 +101,8 @@ class Report:
         """How the run ended, in a sentence."""
         skipped = self.story["steps_skipped"]
         left_out = f" ({skipped} more had no finite gradient and were left out)" if skipped else ""
-        back = went_back(self.story.get("went_back_at", []))
-        return (
-            f"{len(self.loss)} steps{left_out}: {self.story['stopped']}{back}. Kept: the LoRA of step {self.after.step}."
-        )
+        end = self.story["stopped"] + went_back(self.story.get("went_back_at", []))
+        return f"{len(self.loss)} steps{left_out}: {end}. Kept: the LoRA of step {self.after.step}."
 
     def changed(self) -> str:
         """What became of the pictures besides, in a sentence."""
