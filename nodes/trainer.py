@@ -84,7 +84,7 @@ class Trainer(io.ComfyNode):
 
         def teach() -> tuple[MemoryPlan | None, Run]:
             if self_check:
-                check_gradients(student)
+                student.turns.taken_if_needed(lambda: check_gradients(student))
             first, second = [*(student.in_turn(one) for one in judges), None][:2]
             plan = None
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:

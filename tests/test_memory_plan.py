@@ -12,7 +12,7 @@ from dual_process.tests.gradients import give_lora_a_value
 from dual_process.trainers.checkpointing import Block, Call, Event
 from dual_process.trainers.dual_process import Settings, one_pass
 from dual_process.trainers.live_memory import LiveMemory
-from dual_process.trainers.memory_plan import HEADROOM, MemoryPlan, Rehearsal, plan_memory, rehearse
+from dual_process.trainers.memory_plan import HEADROOM, NEED_LESS, MemoryPlan, Rehearsal, plan_memory, rehearse
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.question import Question
 
@@ -124,6 +124,8 @@ def test_the_choice_says_its_numbers():
     assert everything.sentence() == (
         "Keeping everything: a step takes about 10.00 GB beyond the weights, and 13.00 GB are free."
     )
+    tight = MemoryPlan(int(10e9), int(2e9), int(2e9), int(2.5e9), blocks, whole_vae=True)
+    assert tight.sentence().endswith(f"2.50 GB are free. It may run out of memory. {NEED_LESS}")
 
 
 @pytest.mark.parametrize("where", ["plan", "loop"])

@@ -10,7 +10,7 @@ import torch
 
 from dual_process.tests.gradients import give_lora_a_value
 from dual_process.trainers.dual_process import Settings, one_pass, train
-from dual_process.trainers.memory_plan import HEADROOM, plan_memory, rehearse
+from dual_process.trainers.memory_plan import HEADROOM, NEED_LESS, plan_memory, rehearse
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.overlay import BeforeAfter
 from dual_process.vlm.question import Question
@@ -217,6 +217,46 @@ def test_one_that_does_not_even_fit_alone(lab, device, monkeypatch):
     device.size = weights(student.model, student.decoder) - 1
     with pytest.raises(RuntimeError, match=r"The model with VAE .* does not fit on cpu:0, .* even alone"):
         student.run(lambda: None, [judge.patcher])
+
+
+def test_turns_where_not_even_the_check_of_gradients_fits(lab, trained, device, monkeypatch):
+    """It is before the rehearsal, and whatever is recomputed."""
+    from dual_process.nodes import trainer
+
+    tried = []
+
+    def check(student):
+        tried.append(student.takes_turns)
+        if not student.takes_turns:
+            raise torch.OutOfMemoryError("activations")
+
+    monkeypatch.setattr(trainer, "check_gradients", check)
+    _, shown = trained(judge=lab.build_judge(), self_check=True, steps=1, check_every=0)
+    assert tried == [False, True] and "Taking turns: " in shown[0]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_too_little_memory_also_in_turns(lab, device, monkeypatch, recompute):
+    """ComfyUI shows what there is, what helps, and what torch says."""
+    student, judge = build(lab)
+    student.recompute.on = recompute
+    no_room_for_both(student, judge, device, monkeypatch)
+
+    def loop():
+        given = student.in_turn(judge)
+        given.log_likelihood = out_of_memory
+        plan_memory(student, given, GOAL, Settings())
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    sizes = "model with VAE .* GB, judge .* GB"
+    with pytest.raises(torch.OutOfMemoryError) as shown:
+        student.run(loop, [judge.patcher])
+    text = f"cpu:0 has {device.size / 1e9:.2f} GB: too little for a training step beside the weights, in turns"
+    assert re.match(rf"{text} \({sizes}\)\. ", str(shown.value))
+    assert str(shown.value).endswith(f" {NEED_LESS} (Tried to allocate 2.00 GiB.)")
+    assert ("'recompute' on always" in str(shown.value)) != recompute
 
 
 def test_an_error_in_the_judges_turn(lab, device, monkeypatch):

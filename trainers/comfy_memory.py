@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import comfy.model_management as mm
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 EVERYTHING = 1e30  # bytes
+Result = TypeVar("Result")
 
 
 class TransformersHolder(nn.Module):
@@ -155,6 +157,16 @@ class Turns:
         """From now on every group has the device to itself."""
         self.apart, self._here = True, []
 
+    def taken_if_needed(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` makes; where memory runs out with all models there, it is done again in turns."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.can_part:
+                raise
+        self.part()
+        return work()
+
     def room(self) -> float:
         """Bytes that the device has for weights and activations when all else is evicted."""
         if self.device == torch.device("cpu"):
@@ -196,12 +208,22 @@ class Turns:
 
     def sentence(self) -> str:
         """That turns are taken and what it costs, for people."""
-        sizes = ", ".join(f"{name} {self._size(group) / 1e9:.2f} GB" for name, group in self.groups.items())
         moved = [f"{name} {self.seconds[name]:.1f} s" for name in self.groups if name in self.seconds]
         return (
-            f"Taking turns: together they do not fit into {self.room() / 1e9:.2f} GB ({sizes}). Every pass moves them "
-            f"in and out, which took {', '.join(moved)} just now, and computes its picture twice."
+            f"Taking turns: together they do not fit into {self.room() / 1e9:.2f} GB ({self._sizes()}). Every pass "
+            f"moves them in and out, which took {', '.join(moved)} just now, and computes its picture twice."
         )
+
+    def shortage(self) -> str:
+        """That memory does not suffice, for people."""
+        turns = ", in turns" if self.apart else ""
+        return (
+            f"{self.device} has {self.room() / 1e9:.2f} GB: too little for a training step beside the weights"
+            f"{turns} ({self._sizes()})."
+        )
+
+    def _sizes(self) -> str:
+        return ", ".join(f"{name} {self._size(group) / 1e9:.2f} GB" for name, group in self.groups.items())
 
     def _size(self, group: list[ModelPatcher]) -> int:
         """Bytes that a group takes on the device and gives back as it leaves."""

@@ -30,6 +30,7 @@ from .checkpointing import DECODER, JUDGE, Recompute, decoded, make_recomputable
 from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradients, static_clone
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
+from .memory_plan import NEED_LESS
 from .prompts import single_prompts
 
 Result = TypeVar("Result")
@@ -232,6 +233,12 @@ class ComfyStudent:
         """Whether model and judge are on the device one after the other, so that no graph outlives a look."""
         return self.turns.apart
 
+    def shortage(self) -> str:
+        """That memory does not suffice, and what helps, for people."""
+        kept = not self.recompute.on or self.recompute.kept
+        first = " Have everything recomputed (checkpointing on, 'recompute' on always)." if kept else ""
+        return f"{self.turns.shortage()}{first} {NEED_LESS}"
+
     def free_memory(self, wanted: float = 0) -> int:
         """Bytes that are free for activations on the device that computes, after evicting models that take no part if
         ``wanted`` bytes were not."""
@@ -327,7 +334,10 @@ class _Loop(comfy.samplers.Sampler):
         student.gradient_scale = FP16_GRADIENT_SCALE if in_fp16 else 1.0
         patches = [patch.model for patch in student.model.model_patches_models()]
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.recompute, patches):
-            self.result = self.loop()
+            try:
+                self.result = self.loop()
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(f"{student.shortage()} ({error})") from error
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
 

@@ -19,6 +19,10 @@ from .live_memory import LiveMemory
 from .objective import Objective
 from .self_check import SEED
 
+NEED_LESS = (
+    "Less memory is needed for smaller pictures, for fewer at once ('accumulate' makes up for that), with a smaller "
+    "judge or one in 4 bits, and with a smaller model or one in fp8."
+)
 HEADROOM = 1.3  # of what is counted: scratch space of kernels, holes of the allocator, the optimiser's state
 
 
@@ -47,11 +51,12 @@ class MemoryPlan:
         kept, chosen, free = (f"{size / 1e9:.2f} GB" for size in (self.keeping, self.chosen, self.free))
         parts = [f"{some} of {all} blocks of the {part}" for part, (some, all) in self.blocks.items() if some]
         parts += ["the VAE as a whole"] * self.whole_vae
+        tight = f" It may run out of memory. {NEED_LESS}" if self.chosen * HEADROOM > self.free else ""
         if not parts:
-            return f"Keeping everything: a step takes about {chosen} beyond the weights, and {free} are free."
+            return f"Keeping everything: a step takes about {chosen} beyond the weights, and {free} are free.{tight}"
         return (
             f"Recomputing {', '.join(parts)}: a step takes about {chosen} beyond the weights; keeping everything would "
-            f"take {kept}, and {free} are free."
+            f"take {kept}, and {free} are free.{tight}"
         )
 
 
@@ -65,17 +70,11 @@ def plan_memory(student, judge, objective: Objective, settings: Settings) -> Mem
         student: a ``ComfyStudent`` that is being run.
         judge: what its ``in_turn`` makes of the judge, wherever they may have to take turns.
     """
-    rehearsed, recompute = (student, judge, objective, settings), student.recompute
-    try:
-        rehearsal = rehearse(*rehearsed)
-        free = student.free_memory(wanted=rehearsal.peak(rehearsal.blocks) * HEADROOM)
-        fits = rehearsal.peak(frozenset()) * HEADROOM <= free
-    except torch.OutOfMemoryError:
-        if not student.turns.can_part:
-            raise
-        fits = False
-    if not fits and student.turns.can_part:
-        student.turns.part()
+    rehearsed, recompute, turns = (student, judge, objective, settings), student.recompute, student.turns
+    rehearsal = turns.taken_if_needed(lambda: rehearse(*rehearsed))
+    free = student.free_memory(wanted=rehearsal.peak(rehearsal.blocks) * HEADROOM)
+    if turns.can_part and rehearsal.peak(frozenset()) * HEADROOM > free:
+        turns.part()
         rehearsal = rehearse(*rehearsed)
         free = student.free_memory()
     everything = rehearsal.blocks
