@@ -211,6 +211,31 @@ def test_others_are_evicted_as_the_judge_needs(lab, device, share, stays):
     student.run(loop, [judge.patcher])
 
 
+def test_no_room_is_made_by_what_never_leaves(lab, device):
+    """As the model with --highvram."""
+    import comfy.model_management as mm
+    from comfy.model_patcher import ModelPatcher
+
+    student, judge = build(lab)
+    with torch.inference_mode(False):
+        staying = ModelPatcher(torch.nn.Linear(1000, 1000), mm.get_torch_device(), mm.get_torch_device())
+
+    def loop():
+        mm.load_models_gpu([staying])
+        assert student.turns.room() == device.size - weights(staying)
+
+    student.run(loop, [judge.patcher])
+
+
+@pytest.mark.parametrize("least, apart", [(100, False), (101, True)])
+def test_turns_where_nothing_can_be_computed_beside_the_weights(lab, device, monkeypatch, least, apart):
+    student, judge = build(lab)
+    no_room_for_both(student, judge, device, monkeypatch)
+    device.size += 101
+    monkeypatch.setattr("comfy.sampler_helpers.estimate_memory", lambda *_: (least, least))
+    assert student.run(lambda: student.takes_turns, [judge.patcher]) == apart
+
+
 def test_one_that_does_not_even_fit_alone(lab, device, monkeypatch):
     student, judge = build(lab)
     no_room_for_both(student, judge, device, monkeypatch)

@@ -172,7 +172,8 @@ class Turns:
         if self.device == torch.device("cpu"):
             return math.inf  # where weights are whether or not they are in use
         there = [one for one in mm.current_loaded_models if one.device == self.device and one.model is not None]
-        return mm.get_free_memory(self.device) + sum(one.model_loaded_memory() for one in there)
+        leaving = [one for one in there if one.model.offload_device != self.device]  # all, but for --highvram
+        return mm.get_free_memory(self.device) + sum(one.model_loaded_memory() for one in leaving)
 
     def free(self) -> int:
         """Bytes for activations: what is free now or, in turns, in the one that has least."""
