@@ -42,6 +42,7 @@ TOY = 128  # px a side, below which only toy models draw, such as the bundled on
 # Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
 # VAE was 2.6 times ComfyUI 0.33's estimate, of Wan's 2.9 times.
 TRAINING_MEMORY = 3
+KEPT_OF_LORA = 3  # times its size: AdamW's two moments and the running average
 JUDGES = ["judge", "second judge"]
 
 
@@ -241,9 +242,10 @@ class ComfyStudent:
 
     def free_memory(self, wanted: float = 0) -> int:
         """Bytes that are free for activations on the device that computes, after evicting models that take no part if
-        ``wanted`` bytes were not."""
-        self.turns.make_room(wanted)
-        return self.turns.free()
+        ``wanted`` bytes were not. What the first step makes and training keeps from then on is no longer free."""
+        kept = KEPT_OF_LORA * sum(parameter.nbytes for parameter in self.lora.parameters())
+        self.turns.make_room(wanted + kept)
+        return self.turns.free() - kept
 
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:

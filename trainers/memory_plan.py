@@ -23,7 +23,7 @@ NEED_LESS = (
     "Less memory is needed for smaller pictures, for fewer at once ('accumulate' makes up for that), with a smaller "
     "judge or one in 4 bits, and with a smaller model or one in fp8."
 )
-HEADROOM = 1.3  # of what is counted: scratch space of kernels, holes of the allocator, the optimiser's state
+HEADROOM = 1.3  # of what is counted: scratch space of kernels, holes of the allocator
 
 
 @dataclass(frozen=True)
