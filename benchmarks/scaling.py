@@ -71,7 +71,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
             panel.loglog(one["sizes"], one[what], "o-")
             panel.set_title(f"{name}^{one['exponents'][what]:.2f}")
             panel.set_xticks(one["sizes"], [str(size) for size in one["sizes"]])
-            panel.minorticks_off()
+            panel.xaxis.minorticks_off()
             panel.set_ylabel(what.replace("_", " "))
     figure.savefig(path)
 
