@@ -34,6 +34,35 @@ def test_step(pair):
     assert set(found["chosen"]) == {f"{way}{asked}" for way in ("automatic", "default") for asked in ("", THREE)}
 
 
+def test_the_ideal_is_three_models_there_and_back_and_the_rollout(pair, monkeypatch):
+    from dual_process.benchmarks.ways import Ideal, K
+    from dual_process.trainers.comfy_memory import gradients
+
+    ideal, runs = Ideal(pair), []
+    forward = ideal._forward
+    monkeypatch.setattr(ideal, "_forward", lambda name: runs.append((name, torch.is_grad_enabled())) or forward(name))
+    ideal.run()
+    assert runs == [("generator", False)] * K + [(name, True) for name in ("generator", "VAE", "judge")]
+    with gradients():
+        found = [ideal.there_and_back(name) for name in ideal.calls]
+    assert len(found) == 3 and all(gradient.isfinite().all() and gradient.any() for gradient in found)
+
+
+def test_the_optimiser_needs_no_8_bits(comfy):
+    """On FLUX schnell's published shape and with the trainer's rank, they would save less than half a gigabyte."""
+    import comfy.supported_models
+
+    from dual_process.benchmarks.gpu import flux_schnell
+    from dual_process.tests.architectures import known_to_this_comfyui
+    from dual_process.trainers.lora import lora_targets
+
+    shape = comfy.supported_models.FluxSchnell(known_to_this_comfyui(flux_schnell()))
+    shape.set_inference_dtype(torch.bfloat16, None)
+    network = shape.get_model({}, "", device="meta").diffusion_model
+    size = sum(16 * (layer.in_features + layer.out_features) for layer in lora_targets(network).values())
+    assert size == 56_033_280 and 2 * 3 * size < 0.5e9, "two moments, of one byte instead of four"
+
+
 def test_the_published_way_teaches_the_same(pair):
     """Without noise before the judge, and with pictures within 0..1, the gradients are equal."""
     from dual_process.benchmarks.ways import Ours, Published
@@ -95,7 +124,7 @@ def test_memory(pair):
         assert found["ratios"][f"{name}_predicted_over_measured"] == pytest.approx(1, rel=0.15), name
 
 
-def test_scaling(comfy, monkeypatch, tmp_path):
+def test_scaling(comfy, tmp_path):
     from dual_process.benchmarks import scaling
 
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
