@@ -157,6 +157,16 @@ def test_gpu_tiny(tmp_path, comfyui):
     assert "tiny FLUX bf16, tiny judge, 64 px: default: memory" in found["ratios"]
 
 
+def test_a_4_bit_judge_made_in_inference_mode(pair):
+    """As ``bench gpu`` makes it."""
+    pytest.importorskip("bitsandbytes")
+    from dual_process.benchmarks.gpu import in_four_bits
+    from dual_process.benchmarks.ways import Ours, Published, peaks
+
+    in_four_bits(pair.judge.judge)
+    assert peaks(Ours(pair, 2, True))["whole"] < peaks(Published(pair, 2))["whole"]
+
+
 def test_memory_on_a_gpu(monkeypatch):
     """With and without what is there before the step."""
     from dual_process.benchmarks import gpu

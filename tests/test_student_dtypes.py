@@ -111,3 +111,21 @@ def test_comfyui_moves_a_judge_of_scaled_fp8_after_it_was_loaded(lab):
     clip = scaled_fp8(lab, "SD3")
     ManagedJudge(None, clip).load()
     clip.model.to("cpu")
+
+
+class Quantised(torch.nn.Parameter):
+    """As bitsandbytes' weights are: of a class of their own, with scales beside the numbers."""
+
+
+def test_weights_keep_their_class_and_scales(lab):
+    from dual_process.trainers.comfy_memory import make_trainable_through
+
+    layer = torch.nn.Linear(4, 4, bias=False)  # in inference mode, as whatever ComfyUI moves
+    layer.weight = torch.Tensor._make_subclass(Quantised, layer.weight.data, False)
+    layer.weight.scale = 3.0
+    with torch.inference_mode(False):
+        make_trainable_through(layer)
+        x = torch.ones(1, 4, requires_grad=True)
+        layer(x).sum().backward()
+    assert type(layer.weight) is Quantised and layer.weight.scale == 3.0 and not layer.weight.requires_grad
+    assert torch.equal(x.grad[0], layer.weight.sum(0))

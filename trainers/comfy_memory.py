@@ -276,8 +276,17 @@ def _replace_parameters(root: nn.Module, wanted: Callable[[Tensor], bool], copy:
         for name, parameter in module._parameters.items():
             if parameter is not None and wanted(parameter):
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(copy(parameter), requires_grad=False)
+                    copies[id(parameter)] = _frozen(copy(parameter), parameter)
                 module._parameters[name] = copies[id(parameter)]
+
+
+def _frozen(tensor: Tensor, before: nn.Parameter) -> nn.Parameter:
+    """A parameter of the class of the one ``before``, with what that one knows: bitsandbytes keeps scales there."""
+    if nn.Parameter not in type(before).__mro__:  # a tensor of a class of its own, which stays that
+        return nn.Parameter(tensor, requires_grad=False)
+    frozen = Tensor._make_subclass(type(before), tensor, False)
+    vars(frozen).update(vars(before))
+    return frozen
 
 
 def _copy_tensors(values: dict) -> None:
