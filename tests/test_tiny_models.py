@@ -132,9 +132,9 @@ def test_judge_reads_half_denoised_pictures(student, judge, steps):
             assert answers(judge, images, question).float().mean() >= 0.93, question
 
 
-@pytest.mark.parametrize("ruin, seldom", [("ladder", 0.02), ("near_black", 0.02), ("blobs", 0.15), ("bands", 0.35)])
+@pytest.mark.parametrize("ruin, seldom", [("ladder", 0.02), ("near_black", 0.02), ("blobs", 0.1), ("bands", 0.08)])
 def test_judge_seldom_says_yes_to_ruins(judge, ruin, seldom):
-    """As far as this judge goes: stripes are what it takes for a scene most often (tiny/models/report.json)."""
+    """As far as this judge goes: blobs are what it takes for a scene most often (tiny/models/report.json)."""
     _, images = scenes_disturbed_by(lambda images, g: torch.cat([RUINS[ruin](part, g) for part in images.split(8)]))
     for question in [question for pair in QUESTIONS.values() for question in pair] + [KEEP_QUESTION]:
         assert answers(judge, images, question).float().mean() <= seldom, question

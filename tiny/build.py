@@ -1,7 +1,7 @@
 """Rebuild the bundled tiny models from fixed seeds: ``python -m dual_process.tiny.build``.
 
-Stages: autoencoder, judge, student, judge again on the student's pictures, check. Each leaves its record in the work
-folder and is skipped when that is there, so that a stopped build goes on where it was.
+Stages: autoencoder, judge, student, judge again on the student's pictures, judge again on ruins, check. Each leaves its
+record in the work folder and is skipped when that is there, so that a stopped build goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..demo.comfyui import use_comfyui
-from . import build_judge, build_student, build_vae
+from . import build_judge, build_student, build_vae, refuse_ruins
 from .check import PER_CASE, check_judge, check_student
 from .training import save
 
@@ -67,9 +67,11 @@ def build(out: Path, work: Path, device: str, quick: bool) -> dict:
     stages.run("student", lambda: build_student.train_student(
         work, vae, device, build_student.STEPS // less, build_student.SCENES // less))
     pack_checkpoint(work, out / "models")
-    stages.run("judge", lambda: build_judge.finish_judge(
-        work / "judge_first", work / "judge", work, vae, device, build_judge.FINISH_STEPS // less,
+    stages.run("judge_finished", lambda: build_judge.finish_judge(
+        work / "judge_first", work / "judge_finished", work, vae, device, build_judge.FINISH_STEPS // less,
         build_judge.POOL // less))
+    stages.run("judge", lambda: refuse_ruins.refuse_ruins(
+        work / "judge_finished", work / "judge", work, vae, device, less, build_judge.POOL // less))
     shutil.copytree(work / "judge", out / "judge", dirs_exist_ok=True)
     pictures = PER_CASE // less
     stages.run("check_student", lambda: check_student(work, vae, device, pictures))

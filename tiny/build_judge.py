@@ -114,7 +114,7 @@ class Pictures:
         self.generator = torch.Generator().manual_seed(seed)
         self.device, self.pool = device, pool
 
-    def _pick(self, choices: dict[str, Ruin]) -> Ruin:
+    def pick(self, choices: dict[str, Ruin]) -> Ruin:
         return list(choices.values())[int(torch.randint(0, len(choices), (), generator=self.generator))]
 
     def _factors(self, count: int) -> Tensor:
@@ -136,18 +136,28 @@ class Pictures:
     def next(self, count: int = SCENES) -> tuple[Tensor, Tensor, Tensor]:
         """(pictures [B, 3, 64, 64] in about 0..1, u [B, 8], ruined [B])"""
         g = self.generator
+        u, images = self.undisturbed(count)
+        ruined = torch.arange(count, device=self.device) < count * 7 // 16
+        for row in range(int(ruined.sum())):
+            images[row:row + 1] = self.pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
+        self.disturb(images, 3 / 4, 2)
+        return images, u, ruined
+
+    def undisturbed(self, count: int) -> tuple[Tensor, Tensor]:
+        """(u [B, 8], scenes [B, 3, 64, 64]), every second one out of the pool, if there is one."""
         u = self._factors(count)
         images = self._render(u)
         if self.pool is not None:
-            rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=g).to(self.device)
+            rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=self.generator).to(self.device)
             u[1::2], images[1::2] = self.pool[0][rows], self.pool[1][rows]
-        ruined = torch.arange(count, device=self.device) < count * 7 // 16
-        for row in range(int(ruined.sum())):
-            images[row:row + 1] = self._pick(SUBTLE if row % 2 else RUINS)(images[row:row + 1], g)
-        for part in torch.randperm(count, generator=g).split(4)[: count // 4 * 3 // 4]:
-            for _ in range(int(torch.randint(1, 3, (), generator=g))):
-                images[part] = self._pick(DISTURBANCES)(images[part], g)
-        return images, u, ruined
+        return u, images
+
+    def disturb(self, images: Tensor, share: float, most: int) -> None:
+        """Disturb ``share`` of the pictures in place, four alike, each 1 to ``most`` times."""
+        g, fours = self.generator, len(images) // 4
+        for part in torch.randperm(len(images), generator=g).split(4)[: int(fours * share)]:
+            for _ in range(int(torch.randint(1, most + 1, (), generator=g))):
+                images[part] = self.pick(DISTURBANCES)(images[part], g)
 
 
 def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
@@ -258,10 +268,10 @@ def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder
             log.info("judge %d/%d loss %.3f right %.3f %.0f s",
                      step, steps, loss.item(), right.item(), time.time() - start)
         if step % 500 == 499 or step == steps - 1:
-            _save_average(average, processor, model, folder)
+            save_average(average, processor, model, folder)
 
 
-def _save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
+def save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
     """Save the averaged weights; ``model`` keeps its own."""
     averaged = new_model(processor)
     average.copy_to(averaged)

@@ -22,7 +22,7 @@ from .objective import Objective
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
 NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-LOOKS = 5  # in a row that must hold before training stops: pictures are still getting cleaner after the first
+LOOKS = 6  # in a row that must hold before training stops: pictures are still getting cleaner after the first
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
