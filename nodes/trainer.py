@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
-from ..trainers.dual_process import Run, Settings, train, went_back
+from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
@@ -201,7 +201,7 @@ class Progress:
         changed = f". Pictures got {drift}" if drift else ""
         first, last = run.checks[0].second, run.checks[-1].second
         second = f". Second judge: {percent(first)} before, {percent(last)} after" if last else ""
-        text = f"{len(run.loss)} steps{skipped}: {run.stopped}{went_back(run.retreats)}{second}{changed}"
+        text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.retreats, run.stopped])}{second}{changed}"
         PromptServer.instance.send_progress_text(text, self.node_id)
 
 

@@ -17,6 +17,7 @@ from dual_process.trainers.dual_process import (
     EARLY_STEPS,
     FRESH_NOISE,
     LATE_STEPS,
+    LOOKS,
     Settings,
     one_pass,
     starts,
@@ -134,6 +135,35 @@ def test_learns_yes_and_stops_when_it_is_held():
     assert len(pictures) == len(run.scores) == len(run.loss)
 
 
+@pytest.mark.parametrize("steps, check_every, looks", [(60, 5, LOOKS), (60, 20, 3), (8, 10, 1)])
+def test_as_many_looks_in_a_row_must_hold_or_all_there_are(steps, check_every, looks):
+    _, run, _ = teach(steps=steps, check_every=check_every, held=0.3, anchor=0.0, learning_rate=0.1)
+    holding = [check.step for check in run.checks[1:] if check.scores[0] >= 0.3]
+    assert run.stopped == f"held at step {len(run.loss)}" and holding[looks - 1] == len(run.loss)
+
+
+def test_drift_at_the_last_look_is_why_it_ended():
+    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1, steps=3)
+    assert not run.retreats and run.stopped.startswith("at step 3, because pictures got") and run.checks[-1].step == 2
+
+
+def test_looks_before_a_retreat_do_not_count():
+    """All looks hold; between any two retreats there are fewer than have to."""
+    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, held=0.17)
+    fine = [check for check in run.checks[1:-1] if not warning(check.changes, 0.1)]
+    assert len(fine) >= LOOKS and min(check.scores[0] for check in fine) >= 0.17
+    assert len(run.retreats) == 3 and "pictures got" in run.stopped
+
+
+def test_a_retreat_begins_anew_at_a_third_of_the_rate():
+    """As if the LoRA had been loaded from its best look: neither Adam's moments nor the running average are left."""
+    student, run, _ = teach(check_every=2, learning_rate=0.01, average=0.7, anchor=0.0, drift_limit=0.1)
+    step = next(check.step for check in run.checks[1:] if warning(check.changes, 0.1))
+    before = {check.step: check.pictures.mean().item() for check in run.checks}
+    best = int(run.retreats[0].split()[-1])
+    assert before[step + 2] - before[best] == pytest.approx(0.01 / 3 * 1.5, rel=0.05)  # mean of strides of one and two
+
+
 def test_what_is_held_already_is_not_taught():
     """A LoRA that is continued may hold its goal from the start."""
     student, run, pictures = teach("No", held=0.7, anchor=0.0)
@@ -229,13 +259,15 @@ def test_a_run_whose_pictures_drift_goes_back_and_on_more_carefully_and_ends_at_
     said = warning(drifted.changes, 0.1)
     assert run.stopped == f"at step {drifted.step}, because pictures got {said}" and said
     ruined = [check.step for check in run.checks[1:] if warning(check.changes, 0.1)]
-    assert ruined == [*run.retreats, drifted.step] and len(run.retreats) == 3
-    assert not warning(kept.changes, 0.1)
+    retreats = ruined[:-1]
+    assert ruined[-1] == drifted.step and len(retreats) == 3 and not warning(kept.changes, 0.1)
+    assert [text.split(" pictures got ")[0] for text in run.retreats] == [f"at step {step}" for step in retreats]
+    assert run.retreats[0].endswith(f"so it went back to the LoRA of step {retreats[0] - 1}")
 
     def brightness(step: int) -> float:
         return run.checks[step].pictures.mean().item()
 
-    strides = [brightness(step + 1) - brightness(step - 1) for step in run.retreats[:2]]  # from the kept LoRA on
+    strides = [brightness(step + 1) - brightness(step - 1) for step in retreats[:2]]  # from the kept LoRA on
     first = brightness(1) - brightness(0)
     assert strides == [pytest.approx(first / 3, rel=0.05), pytest.approx(first / 9, rel=0.05)]
     assert 0.3 + student.lora.shift.item() == pytest.approx(kept.pictures.mean().item(), abs=1e-3)

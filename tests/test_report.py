@@ -67,6 +67,12 @@ def told(lab):
     return report
 
 
+def test_going_back_is_told(told):
+    run, report = told(steps=2, learning_rate=1.0, drift_limit=1e-9)
+    assert len(run.retreats) == 1 and run.retreats[0].startswith("at step 1 pictures got")
+    assert report.outcome().startswith(f"2 steps: {run.retreats[0]}; {run.stopped}.")
+
+
 def test_the_page_is_whole_loads_nothing_and_tells_what_happened(told):
     from dual_process.trainers.report import page
 

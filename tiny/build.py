@@ -70,7 +70,7 @@ def build(out: Path, work: Path, device: str, quick: bool) -> dict:
     stages.run("judge_finished", lambda: build_judge.finish_judge(
         work / "judge_first", work / "judge_finished", work, vae, device, build_judge.FINISH_STEPS // less,
         build_judge.POOL // less))
-    stages.run("judge", lambda: refuse_ruins.refuse_ruins(
+    stages.run("refuse_ruins", lambda: refuse_ruins.refuse_ruins(
         work / "judge_finished", work / "judge", work, vae, device, less, build_judge.POOL // less))
     shutil.copytree(work / "judge", out / "judge", dirs_exist_ok=True)
     pictures = PER_CASE // less

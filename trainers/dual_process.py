@@ -22,7 +22,7 @@ from .objective import Objective
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
 NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-LOOKS = 6  # in a row that must hold before training stops: pictures are still getting cleaner after the first
+LOOKS = 6  # in a row that must hold before training stops, or all: pictures are still getting cleaner after the first
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
@@ -100,8 +100,8 @@ class Check:
 class Run:
     """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
 
-    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``retreats``: the steps at
-    which training went back to its best look, because pictures had drifted.
+    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``retreats`` says of every
+    time that training went back to its best look, because pictures had drifted, when and why.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
     one with the LoRA that was kept.
@@ -111,14 +111,8 @@ class Run:
     scores: list[list[float]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     skipped: int = 0
-    retreats: list[int] = field(default_factory=list)
+    retreats: list[str] = field(default_factory=list)
     stopped: str = "all steps done"
-
-
-def went_back(retreats: list[int]) -> str:
-    """A run's retreats, in words; empty without any."""
-    steps = ", ".join(map(str, retreats))
-    return f"; pictures drifted, so it went back to its best LoRA at step {steps}" if steps else ""
 
 
 def train(
@@ -157,7 +151,8 @@ def train(
     def holds(check: Check) -> bool:
         return settings.check_every > 0 and min(objective.standing(check.scores), standing(check)) >= settings.held
 
-    best, kept, looks = run.checks[0], student.lora.snapshot(), run.checks[:]
+    best, kept, looks, held = run.checks[0], student.lora.snapshot(), run.checks[:], 0
+    enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1)))
     if holds(best):
         run.stopped = "held before the first step: there is nothing to teach"
         return run
@@ -188,16 +183,19 @@ def train(
                 drift = warning(look.changes, settings.drift_limit or math.inf) if settings.check_every else ""
                 if not drift:
                     looks.append(look)
+                    held = held + 1 if holds(look) else 0
                     if settings.check_every == 0 or standing(look) >= max(map(standing, looks)) - NOISE:
                         best, kept = look, student.lora.snapshot()
-            if drift and len(run.retreats) == RETREATS:
+            if drift and (len(run.retreats) == RETREATS or step == settings.steps):
                 run.stopped = f"at step {step}, because pictures got {drift}"
                 break
             if drift:
-                run.retreats.append(step)
+                back = f"so it went back to the LoRA of step {best.step}"
+                run.retreats.append(f"at step {step} pictures got {drift}, {back}")
                 student.lora.load_state_dict(kept)
                 optimizer, average = beginning()
-            elif all(map(holds, looks[-LOOKS:])):
+                looks, held = [best], 0
+            elif held == enough:
                 run.stopped = f"held at step {step}"
                 break
     student.lora.load_state_dict(kept)

@@ -129,7 +129,7 @@ def _story(
         "steps_done": len(run.loss),
         "kept_step": run.checks[-1].step,
         "steps_skipped": run.skipped,
-        "went_back_at": run.retreats,
+        "went_back": run.retreats,
         "stopped": run.stopped,
         "held_out_scores_before": run.checks[0].scores,
         "held_out_scores_after": run.checks[-1].scores,

@@ -13,7 +13,7 @@ from html import escape
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .dual_process import CHECK_SEEDS, Run, went_back
+from .dual_process import CHECK_SEEDS, Run
 from .guards import NOTICEABLE, RELATIVE, faults, warning
 from .sheet import GAP, INK, PAPER, font, grid, to_image
 
@@ -101,7 +101,7 @@ class Report:
         """How the run ended, in a sentence."""
         skipped = self.story["steps_skipped"]
         left_out = f" ({skipped} more had no finite gradient and were left out)" if skipped else ""
-        end = self.story["stopped"] + went_back(self.story.get("went_back_at", []))
+        end = "; ".join([*self.story["went_back"], self.story["stopped"]])
         return f"{len(self.loss)} steps{left_out}: {end}. Kept: the LoRA of step {self.after.step}."
 
     def changed(self) -> str:
