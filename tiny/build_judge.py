@@ -294,7 +294,11 @@ def finish_judge(first: Path, folder: Path, student: Path, vae: nn.Module, devic
 
 def main_odds(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: Tensor) -> Tensor:
     """Log-odds of Yes [B, 9] for the main wordings (see `Prompts.main`) about pictures in 0..1 [B, 3, S, S]."""
-    asked = prompts.main().to(images.device).expand(len(images), -1)
+    return odds_of_yes(model, prompts, ids, images, prompts.main().to(images.device).expand(len(images), -1))
+
+
+def odds_of_yes(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: Tensor, asked: Tensor) -> Tensor:
+    """Log-odds of Yes [B, Q] for rows of prompts ``asked`` [B, Q] about pictures in 0..1 [B, 3, S, S]."""
     logits = answer_logits(model, images, prompts.tokens[asked], prompts.last[asked][..., None])[:, :, 0]
     return logits[..., ids["yes"]] - logits[..., ids["no"]]
 

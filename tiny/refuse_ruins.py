@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, smooth_l1_loss, softplus
 
-from .build_judge import ASKED, POOL, Pictures, Prompts, answer_ids, answer_logits, save_average
+from .build_judge import ASKED, POOL, Pictures, Prompts, answer_ids, odds_of_yes, save_average
 from .build_student import Student, half_denoised
 from .judge_folder import new_processor
 from .pictures import RUINS
@@ -94,8 +94,7 @@ class Asker:
 
     def odds(self, model: Any, images: Tensor, asked: Tensor) -> Tensor:
         """Log-odds of Yes [B, Q] about pictures [B, 3, 64, 64]."""
-        logits = answer_logits(model, images, self.prompts.tokens[asked], self.prompts.last[asked][..., None])[:, :, 0]
-        return logits[..., self.ids["yes"]] - logits[..., self.ids["no"]]
+        return odds_of_yes(model, self.prompts, self.ids, images, asked)
 
 
 def ruined(pictures: Pictures, kinds: tuple[str, ...], count: int) -> Tensor:

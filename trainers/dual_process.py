@@ -151,7 +151,7 @@ def train(
     def holds(check: Check) -> bool:
         return settings.check_every > 0 and min(objective.standing(check.scores), standing(check)) >= settings.held
 
-    best, kept, looks, held = run.checks[0], student.lora.snapshot(), run.checks[:], 0
+    best, kept, looks = run.checks[0], student.lora.snapshot(), run.checks[:]
     enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1)))
     if holds(best):
         run.stopped = "held before the first step: there is nothing to teach"
@@ -183,7 +183,6 @@ def train(
                 drift = warning(look.changes, settings.drift_limit or math.inf) if settings.check_every else ""
                 if not drift:
                     looks.append(look)
-                    held = held + 1 if holds(look) else 0
                     if settings.check_every == 0 or standing(look) >= max(map(standing, looks)) - NOISE:
                         best, kept = look, student.lora.snapshot()
             if drift and (len(run.retreats) == RETREATS or step == settings.steps):
@@ -194,8 +193,8 @@ def train(
                 run.retreats.append(f"at step {step} pictures got {drift}, {back}")
                 student.lora.load_state_dict(kept)
                 optimizer, average = beginning()
-                looks, held = [best], 0
-            elif held == enough:
+                looks = [best]
+            elif len(looks) > enough and all(map(holds, looks[-enough:])):
                 run.stopped = f"held at step {step}"
                 break
     student.lora.load_state_dict(kept)
