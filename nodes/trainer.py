@@ -20,7 +20,7 @@ from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
-from ..trainers.memory_plan import MemoryPlan, plan_memory
+from ..trainers.memory_plan import MemoryPlan, plan_memory, try_pass
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
@@ -89,6 +89,8 @@ class Trainer(io.ComfyNode):
             plan = None
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:
                 plan = plan_memory(student, first, goal, settings)
+            else:
+                student.turns.taken_if_needed(lambda: try_pass(student, first, goal, settings))
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
@@ -190,7 +192,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Show a line on the node until the next one, and log it."""
         if text:
-            log.warning(text)
+            log.info(text)
             PromptServer.instance.send_progress_text(text, self.node_id)
 
     def end(self, run: Run) -> None:

@@ -92,7 +92,7 @@ def test_the_node_loads_it_through_comfyui_says_it_and_writes_it_down(lab, train
 
 def test_the_same_judge_twice_is_allowed_and_said(lab, trained, caplog):
     judge = lab.build_judge()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         _, shown = trained(judge=judge, second_judge=judge)
         assert "cannot disagree with itself" in caplog.text and "cannot disagree" in "".join(shown)
         caplog.clear()

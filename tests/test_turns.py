@@ -267,6 +267,24 @@ def test_turns_where_not_even_the_check_of_gradients_fits(lab, trained, device, 
     assert tried == [False, True] and "Taking turns: " in shown[0]
 
 
+@pytest.mark.parametrize("recompute", ["always", "never"])
+def test_turns_where_nothing_is_planned(lab, trained, device, recompute):
+    """Weights fit, and no step beside them: a pass is tried before the first look."""
+    judge = lab.build_judge()
+    calls, look = [], judge.judge.log_likelihood
+
+    def log_likelihood(*args):
+        calls.append(judge.patcher.model in device.here and len(device.here) == 1)
+        if not calls[-1]:
+            raise torch.OutOfMemoryError("activations")
+        return look(*args)
+
+    judge.judge.log_likelihood = log_likelihood
+    output, shown = trained(judge=judge, recompute=recompute, checkpointing=True, steps=1, check_every=0)
+    assert calls[0] is False and all(calls[1:]) and "Taking turns: " in shown[0]
+    assert json.loads(output.result[0].metadata["dual_process"])["took_turns"]
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_too_little_memory_also_in_turns(lab, device, monkeypatch, recompute):
     """ComfyUI shows what there is, what helps, and what torch says."""

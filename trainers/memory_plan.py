@@ -96,20 +96,26 @@ def rehearse(student, judge, objective: Objective, settings: Settings) -> Rehear
     """What one pass in which every block is recomputed held; nothing is changed by it."""
     recompute, rehearsal = student.recompute, Rehearsal()
     before = recompute.on, recompute.kept
-    student.use_prompt(0)
-    noise = student.noise(SEED)
-    rng = torch.Generator().manual_seed(0)
     try:
         recompute.on, recompute.kept, recompute.tell = True, frozenset(), rehearsal.note
         with rehearsal.memory:
-            one_pass(student, judge, objective, settings, rng, noise, student.roll(noise, 0), 0)
+            try_pass(student, judge, objective, settings)
     finally:
         recompute.on, recompute.kept = before
         recompute.tell = type(recompute).tell
-        for parameter in student.lora.parameters():
-            parameter.grad = None
     rehearsal.evaluate()
     return rehearsal
+
+
+def try_pass(student, judge, objective: Objective, settings: Settings) -> None:
+    """One pass of which nothing is left: where memory does not suffice, it runs out here."""
+    student.use_prompt(0)
+    noise, rng = student.noise(SEED), torch.Generator().manual_seed(0)
+    try:
+        one_pass(student, judge, objective, settings, rng, noise, student.roll(noise, 0), 0)
+    finally:
+        for parameter in student.lora.parameters():
+            parameter.grad = None
 
 
 @dataclass
