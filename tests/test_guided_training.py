@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from dual_process.demo.workflow import nodes_of, template, to_api
 from dual_process.tests.test_loop import GreyStudent
-from dual_process.trainers.dual_process import CHECK_SEEDS, TRAINING_SEEDS, Settings, train
+from dual_process.trainers.dual_process import TRAINING_SEEDS, Settings, train
+from dual_process.trainers.looks import CHECK_SEEDS
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.overlay import BeforeAfter
 from dual_process.vlm.question import Question

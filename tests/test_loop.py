@@ -17,13 +17,13 @@ from dual_process.trainers.dual_process import (
     EARLY_STEPS,
     FRESH_NOISE,
     LATE_STEPS,
-    LOOKS,
     Settings,
     one_pass,
     starts,
     train,
 )
 from dual_process.trainers.guards import warning
+from dual_process.trainers.looks import LOOKS
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question

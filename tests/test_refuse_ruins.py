@@ -8,7 +8,7 @@ import torch
 from dual_process.tiny import oracles, scenes
 from dual_process.tiny.build_judge import Pictures, Prompts, answer_ids
 from dual_process.tiny.judge_folder import new_processor
-from dual_process.tiny.refuse_ruins import Asker, changed, learn, liked, ruined
+from dual_process.tiny.refuse_ruins import Asker, Part, changed, learn, liked, ruined, suspected
 
 JUDGE = Path(scenes.__file__).parent / "judge"
 
@@ -46,7 +46,7 @@ def test_what_a_judge_answers_and_teaches_is_compared_with_what_it_was(asker):
 
 def test_only_what_shall_learn_does(asker):
     before, model = load(), load()
-    average = learn(asker, before, model, Pictures(5, "cpu"), "embeddings", 2, 1e-3, 1.0)
+    average = learn(asker, before, model, Pictures(5, "cpu"), Part("embeddings", 2, 1e-3, 1.0))
     old = dict(before.named_parameters())
     moved = {name.split(".")[2] for name, p in model.named_parameters() if not torch.equal(p, old[name])}
     assert moved == {"embeddings"} and set(average.weights) == set(old)
@@ -59,3 +59,26 @@ def test_ruins_that_the_judge_likes_best_are_learned_from(asker):
     assert torch.equal(liked(asker, model, blobs, 3), blobs[odds.topk(3).indices])
     assert oracles.measure(blobs)["readable"].float().mean() < 0.5
     assert asker.questions(5).shape == (5, 3) and set(asker.questions(5)[:, 0].tolist()) == {asker.clean}
+
+
+def test_noisy_pictures_that_the_judge_likes_least_are_forgiven(asker, monkeypatch):
+    from dual_process.tiny import refuse_ruins
+
+    before, model, pictures = load(), load(), Pictures(5, "cpu")
+    part = Part("", 3, 3e-3, bent=0.0, noisy=30.0)  # at a hundredth of it, a warm-up's first steps
+
+    def mean_loss(judge) -> float:
+        asker.generator.manual_seed(9)
+        pictures.generator.manual_seed(9)
+        with torch.no_grad():
+            return suspected(asker, judge, pictures).item()
+
+    worst = mean_loss(before)
+    learn(asker, before, model, pictures, part)
+    assert mean_loss(model) < worst
+    monkeypatch.setattr(refuse_ruins, "NOISY", (6, 6))
+    assert mean_loss(before) < worst, "all noisy pictures, not the least liked"
+    blobs = ruined(Pictures(5, "cpu"), ("blobs",), 12)
+    most, least = liked(asker, before, blobs, 3), liked(asker, before, blobs, 3, least=True)
+    odds = [asker.odds(before, some, asker.is_it_clean(3)).detach().mean() for some in (most, least)]
+    assert odds[0] > odds[1]

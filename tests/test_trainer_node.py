@@ -57,8 +57,9 @@ def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
 
 @pytest.mark.parametrize("changes, said", [({}, ""), ({"saturation": -0.3}, ". Pictures got 30% greyer")])
 def test_last_line_on_the_node_also_when_nothing_was_better_than_before(trainer, monkeypatch, changes, said):
-    from dual_process.trainers.dual_process import Check, Run
+    from dual_process.trainers.dual_process import Run
     from dual_process.trainers.guards import WORDS
+    from dual_process.trainers.looks import Check
 
     texts = []
     server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))

@@ -3,13 +3,16 @@
 What a judge teaches is its gradient, and that is easily spoilt: taught more ruins with nothing but its answers held, it
 went on answering well and taught worse. So of good pictures both the answers and their gradients are held to what they
 were (Czarnecki et al., Sobolev Training, arXiv 1706.04859). Stripes as wide as a patch are lost in the patch embedding,
-whose filters are smooth; the embeddings therefore learn alone at first.
+whose filters are smooth; the embeddings therefore learn alone at first. All this makes the judge suspicious of noise,
+which the last part takes back half way: the mean of the weights before and after it is kept.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, smooth_l1_loss, softplus
 
-from .build_judge import ASKED, POOL, Pictures, Prompts, answer_ids, odds_of_yes, save_average
+from .build_judge import ASKED, POOL, Pictures, Prompts, answer_ids, odds_of_yes
 from .build_student import Student, half_denoised
-from .judge_folder import new_processor
-from .pictures import RUINS
+from .judge_folder import new_processor, save_judge
+from .pictures import DISTURBANCES, RUINS
 from .training import Average, descend, learning_rate
 
 log = logging.getLogger(__name__)
 
-GOOD, REFUSED_ODDS = 16, -3.0
-PARTS = (("embeddings", 900, 2e-3, 1.0), ("", 300, 3e-4, 3.0))  # what learns, steps, rate, weight of bent gradients
+GOOD, REFUSED_ODDS, CLEAN_ODDS = 16, -3.0, 3.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that learn have ``name`` in theirs; ``bent`` and ``noisy`` are weights of the loss."""
+
+    name: str
+    steps: int
+    rate: float
+    bent: float
+    noisy: float = 0.0
+
+
+PARTS = (Part("embeddings", 900, 2e-3, bent=1.0), Part("", 300, 3e-4, bent=3.0))
+FORGIVE_NOISE = Part("", 200, 1e-4, bent=3.0, noisy=0.5)
+NOISY = 64, 6  # how many noisy scenes are made for a step, and how many, which the judge likes least, are learned from
 # kinds of ruins, how many are made for a step, and how many of them, which the judge likes best, are learned from
 SHOWN = ((("bands",), 28, 6), (("blobs",), 36, 7), (tuple(RUINS), 3, 2))
 
@@ -51,18 +69,21 @@ def refuse_ruins(first: Path, folder: Path, student: Path, vae: nn.Module, devic
                      for _ in range(2))
     processor = new_processor()
     asker = Asker(Prompts(processor, device), answer_ids(processor), pictures.generator)
-    for part, steps, rate, weight in PARTS:
-        average = learn(asker, before, model, pictures, part, steps // less, rate, weight)
-        average.copy_to(model)
-    save_average(average, processor, model, folder)
+    for part in PARTS:
+        learn(asker, before, model, pictures, part, less).copy_to(model)
+    suspicious = copy.deepcopy(model).requires_grad_(False)
+    learn(asker, suspicious, model, pictures, FORGIVE_NOISE, less).copy_to(model)
+    with torch.no_grad():
+        for forgiving, parameter in zip(model.parameters(), suspicious.parameters(), strict=True):
+            forgiving.lerp_(parameter, 0.5)
+    save_judge(model, processor, folder)
     return {"seconds": time.time() - start}
 
 
-def learn(asker: Asker, before: Any, model: Any, pictures: Pictures, part: str, steps: int, rate: float,
-          weight: float) -> Average:
-    """Train the parameters that have ``part`` in their names."""
-    parameters = [p.requires_grad_() for name, p in model.named_parameters() if part in name]
-    average = Average(model, 0.98)
+def learn(asker: Asker, before: Any, model: Any, pictures: Pictures, part: Part, less: int = 1) -> Average:
+    """Train a part for a share of its steps; returns the average of the weights."""
+    parameters = [p.requires_grad_() for name, p in model.named_parameters() if part.name in name]
+    average, steps = Average(model, 0.98), part.steps // less
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         ruins = torch.cat([liked(asker, model, ruined(pictures, kinds, made), taken) for kinds, made, taken in SHOWN])
@@ -70,12 +91,24 @@ def learn(asker: Asker, before: Any, model: Any, pictures: Pictures, part: str, 
         _, good = pictures.undisturbed(GOOD)
         pictures.disturb(good, 1 / 4, 1)
         kept, bent = changed(asker, before, model, good)
-        descend(2 * kept + weight * bent + refused, parameters, optimiser, learning_rate(step, steps, rate))
+        loss = 2 * kept + part.bent * bent + refused
+        if part.noisy:
+            loss = loss + part.noisy * suspected(asker, model, pictures)
+        descend(loss, parameters, optimiser, learning_rate(step, steps, part.rate))
         average.update(model)
         if step % 50 == 0:
             log.info("refuse %d/%d refused %.3f kept %.3f bent %.3f",
                      step, steps, refused.item(), kept.item(), bent.item())
     return average
+
+
+def suspected(asker: Asker, model: Any, pictures: Pictures) -> Tensor:
+    """The loss of noisy pictures that are clean but for that, those that the judge likes least."""
+    made, taken = NOISY
+    _, images = pictures.undisturbed(made)
+    noisy = torch.cat([DISTURBANCES["noisy"](image, pictures.generator) for image in images.split(1)])
+    worst = liked(asker, model, noisy, taken, least=True)
+    return softplus(CLEAN_ODDS - asker.odds(model, worst, asker.is_it_clean(taken))).mean()
 
 
 class Asker:
@@ -92,6 +125,10 @@ class Asker:
         asked[:, 0] = self.clean
         return asked.to(self.prompts.last.device)
 
+    def is_it_clean(self, count: int) -> Tensor:
+        """Rows of prompts [count, 1]: whether it is."""
+        return torch.full((count, 1), self.clean, device=self.prompts.last.device)
+
     def odds(self, model: Any, images: Tensor, asked: Tensor) -> Tensor:
         """Log-odds of Yes [B, Q] about pictures [B, 3, 64, 64]."""
         return odds_of_yes(model, self.prompts, self.ids, images, asked)
@@ -105,10 +142,10 @@ def ruined(pictures: Pictures, kinds: tuple[str, ...], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def liked(asker: Asker, model: Any, images: Tensor, taken: int) -> Tensor:
-    """Of pictures [B, 3, 64, 64] the ``taken`` that the judge takes for clean most surely."""
-    clean = torch.full((len(images), 1), asker.clean, device=images.device)
-    return images[asker.odds(model, images, clean)[:, 0].topk(taken).indices]
+def liked(asker: Asker, model: Any, images: Tensor, taken: int, least: bool = False) -> Tensor:
+    """Of pictures [B, 3, 64, 64] the ``taken`` that the judge takes for clean most surely, or least."""
+    odds = asker.odds(model, images, asker.is_it_clean(len(images)))[:, 0]
+    return images[odds.topk(taken, largest=not least).indices]
 
 
 def changed(asker: Asker, before: Any, model: Any, good: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,10 @@ from torch import Tensor
 
 from .augment import varied, with_noise
 from .average import Average
-from .guards import changes, warning
+from .looks import Check, Looks
 from .objective import Objective
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
-CHECK_SEEDS = 2**31  # the held-out seeds that decide when to stop
-NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-LOOKS = 6  # in a row that must hold before training stops, or all: pictures are still getting cleaner after the first
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
@@ -81,21 +78,6 @@ class Settings:
         return range(math.floor(start * steps), math.ceil(end * steps))
 
 
-@dataclass(frozen=True)
-class Check:
-    """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
-
-    ``changes``: what became of the pictures of the run's first check, see ``guards.changes``.
-    ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
-    """
-
-    step: int
-    scores: list[float]
-    pictures: Tensor
-    changes: dict[str, float] = field(default_factory=dict)
-    second: list[float] = field(default_factory=list)
-
-
 @dataclass
 class Run:
     """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
@@ -120,19 +102,22 @@ def train(
 ) -> Run:
     """Teach ``student`` (already running, see ``ComfyStudent.run``) what ``objective`` asks ``judge``.
 
-    A ``second`` judge is never trained against: what fools the first need not fool it. It therefore chooses the best
-    check by its own standing alone, while training goes on until both judges hold.
-
     Args:
         on_step: called after every step that is taken with the run so far and the step's pictures [B, 3, H, W],
             unclamped.
-        second: a judge that scores the held-out pictures too, or None.
+        second: a judge that scores the held-out pictures too and chooses among them, see ``Looks``, or None.
     Returns:
         The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0).
     Raises:
         RuntimeError: no gradient arrives at the LoRA, or none that is finite.
     """
     run = Run()
+    looks = Looks(student, judge, second, objective, settings, run)
+    objective = looks.objective
+    if looks.holds(looks.best):
+        run.stopped = "held before the first step: there is nothing to teach"
+        return run
+
     parameters = list(student.lora.parameters())
 
     def beginning() -> tuple[torch.optim.AdamW, Average]:
@@ -141,22 +126,6 @@ def train(
 
     optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
-    run.checks.append(check(student, judge, second, objective, settings, step=0))
-    objective = objective.start_from(run.checks[0].scores)
-    chooser = objective.start_from(run.checks[0].second or run.checks[0].scores)
-
-    def standing(check: Check) -> float:
-        return chooser.standing(check.second or check.scores)
-
-    def holds(check: Check) -> bool:
-        return settings.check_every > 0 and min(objective.standing(check.scores), standing(check)) >= settings.held
-
-    best, kept, looks = run.checks[0], student.lora.snapshot(), run.checks[:]
-    enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1)))
-    if holds(best):
-        run.stopped = "held before the first step: there is nothing to teach"
-        return run
-
     strikes = 0
     for step in range(1, settings.steps + 1):
         loss, scores, image = passes(student, judge, objective, settings, rng)
@@ -176,30 +145,21 @@ def train(
             run.scores.append(scores.tolist())
             on_step(run, image)
         optimizer.zero_grad()
-        if step == settings.steps or (settings.check_every and step % settings.check_every == 0):
+        if looks.due(step):
             with average.applied():
-                look = check(student, judge, second, objective, settings, step, run.checks[0].pictures)
-                run.checks.append(look)
-                drift = warning(look.changes, settings.drift_limit or math.inf) if settings.check_every else ""
-                if not drift:
-                    looks.append(look)
-                    if settings.check_every == 0 or standing(look) >= max(map(standing, looks)) - NOISE:
-                        best, kept = look, student.lora.snapshot()
+                drift = looks.take(step)
             if drift and (len(run.retreats) == RETREATS or step == settings.steps):
                 run.stopped = f"at step {step}, because pictures got {drift}"
                 break
             if drift:
-                back = f"so it went back to the LoRA of step {best.step}"
+                back = f"so it went back to the LoRA of step {looks.best.step}"
                 run.retreats.append(f"at step {step} pictures got {drift}, {back}")
-                student.lora.load_state_dict(kept)
+                looks.go_back()
                 optimizer, average = beginning()
-                looks = [best]
-            elif len(looks) > enough and all(map(holds, looks[-enough:])):
+            elif looks.hold():
                 run.stopped = f"held at step {step}"
                 break
-    student.lora.load_state_dict(kept)
-    if run.checks[-1] is not best:
-        run.checks.append(best)
+    looks.end()
     return run
 
 
@@ -289,26 +249,3 @@ def untaught(student, noise: Tensor, k: int) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 that the student predicts at step ``k`` from the same noise without its LoRA."""
     with student.lora.disabled():
         return student.decode(student.predict(student.roll(noise, k), k)).clamp(0, 1)
-
-
-@torch.no_grad()
-def check(
-    student, judge, second, objective: Objective, settings: Settings, step: int, first: Tensor | None = None
-) -> Check:
-    """Draw the held-out seeds to the end, ask the judges about them and compare them with the run's ``first``."""
-
-    def draw() -> list[Tensor]:
-        return [student.draw(CHECK_SEEDS + i, i % student.prompts) for i in range(settings.check_seeds)]
-
-    batches = draw()
-    with student.lora.disabled():
-        before = draw() if objective.compares else [None] * len(batches)
-
-    def scores(judge) -> list[float]:
-        """Batch by batch, so that a look needs no more of the judge's memory than a step."""
-        answers = [objective(judge, *pair)[1] for pair in zip(batches, before)]
-        return torch.cat(answers).mean(dim=0).tolist()
-
-    pictures = torch.cat(batches).cpu()
-    changed = {} if first is None else changes(first, pictures)
-    return Check(step, scores(judge), pictures, changed, [] if second is None else scores(second))

@@ -13,8 +13,9 @@ from html import escape
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .dual_process import CHECK_SEEDS, Run
+from .dual_process import Run
 from .guards import NOTICEABLE, RELATIVE, faults, warning
+from .looks import CHECK_SEEDS
 from .sheet import GAP, INK, PAPER, font, grid, to_image
 
 SMOOTHED_STEPS = 8  # a step sees only a few pictures, its own score jumps
