@@ -65,6 +65,7 @@ class Table:
         run = lesson.run
         row = {"row": name, "seed": seed, "steps": len(run.loss), "stopped": run.stopped}
         row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores if run.checks else None}
+        row |= {"drift": max((drift(check.changes) for check in run.checks[1:]), default=0.0)}
         for about, answer in goals.items():
             row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
         self.rows.append(row | (more or {}))
@@ -127,6 +128,11 @@ def summary(rows: list[dict]) -> str:
             f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {steps:.0f} |"
         )
     return "\n".join(lines)
+
+
+def drift(found: dict[str, float]) -> float:
+    """What ``Settings.drift_limit`` is compared with: the largest change of a look that is a fault."""
+    return max(*(abs(found[guard]) for guard in GUARDS), -found["diversity"], found["clipped"])
 
 
 def slider(laboratory: Laboratory, lesson: Lesson, about: str) -> dict:
