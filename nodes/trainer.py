@@ -38,7 +38,7 @@ LEFT_OUT = {
     "more_prompts": (),
     "sigmas": None,
     "sampler": None,
-    "drift_limit": 0.5,
+    "drift_limit": 0.35,
     "target": 0.982,
     "augment": 0.0,
     "recompute": AUTOMATIC,

@@ -36,7 +36,8 @@ class Settings:
 
     Attributes:
         steps: optimiser steps at most.
-        learning_rate: of AdamW, without weight decay.
+        learning_rate: of AdamW, without weight decay; a third of it once a look at the held-out seeds holds, because
+            what is left is to make pictures clean.
         seed: fixes noises, steps and augmentation; LoRA initialisation has the student's own seed.
         anchor: weight of the mean squared distance between x0 with and without the LoRA, in the model's latent units.
         judge_noise: standard deviation at most of the noise laid over pictures before the judge, in 0..1 pixel units;
@@ -60,7 +61,7 @@ class Settings:
     steps: int = 100
     learning_rate: float = 1e-4
     seed: int = 0
-    anchor: float = 0.1
+    anchor: float = 0.3
     judge_noise: float = 0.1
     augment: float = 0.0
     clip: float = 1.0
@@ -70,7 +71,7 @@ class Settings:
     learn_at: str = ANY_STEP
     average: float = 0.7
     accumulate: int = 1
-    drift_limit: float = 0.5
+    drift_limit: float = 0.35
 
     def learned_steps(self, steps: int) -> range:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
@@ -120,13 +121,16 @@ def train(
 
     parameters = list(student.lora.parameters())
 
+    strikes, settled = 0, False
+
+    def rate() -> float:
+        return settings.learning_rate / 3 ** (len(run.retreats) + settled)
+
     def beginning() -> tuple[torch.optim.AdamW, Average]:
-        rate = settings.learning_rate / 3 ** len(run.retreats)
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0), Average(parameters, settings.average)
+        return torch.optim.AdamW(parameters, lr=rate(), weight_decay=0.0), Average(parameters, settings.average)
 
     optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
-    strikes = 0
     for step in range(1, settings.steps + 1):
         loss, scores, image = passes(student, judge, objective, settings, rng)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -159,6 +163,9 @@ def train(
             elif looks.hold():
                 run.stopped = f"held at step {step}"
                 break
+            elif looks.holds(run.checks[-1]):
+                settled = True
+                optimizer.param_groups[0]["lr"] = rate()
     looks.end()
     return run
 
