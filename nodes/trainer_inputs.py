@@ -95,7 +95,7 @@ def _judging() -> list[io.Input]:
         ),
         io.Float.Input(
             "anchor",
-            default=0.3,
+            default=0.2,
             min=0.0,
             max=100.0,
             step=0.01,

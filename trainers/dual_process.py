@@ -61,7 +61,7 @@ class Settings:
     steps: int = 100
     learning_rate: float = 1e-4
     seed: int = 0
-    anchor: float = 0.3
+    anchor: float = 0.2
     judge_noise: float = 0.1
     augment: float = 0.0
     clip: float = 1.0

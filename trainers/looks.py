@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CHECK_SEEDS = 2**31  # the held-out seeds start here
 NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-LOOKS = 6  # in a row that must hold before training stops, or all: pictures are still getting cleaner after the first
+LOOKS = 8  # in a row that must hold before training stops, or all: pictures are still getting cleaner after the first
 
 
 @dataclass(frozen=True)
