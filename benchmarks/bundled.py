@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ PROMPT = "a landscape with two balls"
 BATCH, HELD_OUT, FIRST_SEED = 16, 64, 1_000_000_000
 # as the template "Teach the horizon" has it
 TEMPLATE = Settings(steps=180, learning_rate=1e-3, check_every=10, held=0.97, learn_at=EARLY_STEPS)
+TEMPLATES = {"palette": replace(TEMPLATE, anchor=0.1)}  # those that differ
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from dual_process.benchmarks.bundled import BATCH, TEMPLATE, Laboratory, Lesson, measured, save_sheet, share
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, measured, save_sheet, share
 from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
@@ -94,7 +94,7 @@ def main() -> None:
     for seed in range(1 if arguments.quick else 3):
         ours = replace(TEMPLATE, seed=seed)
         for about, answer in EVERY:
-            teach(f"{about} {answer}", {about: answer}, ours)
+            teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES.get(about, TEMPLATE), seed=seed))
         teach("two at once", PAIR, ours)
         if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
             table.add("two stacked", seed, stacked(laboratory, table, seed), PAIR)
@@ -107,7 +107,12 @@ def main() -> None:
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for about, answer in HARDER:
-            teach(f"{name}, {about} {answer}", {about: answer}, replace(TEMPLATE, **settings), **choices)
+            teach(
+                f"{name}, {about} {answer}",
+                {about: answer},
+                replace(TEMPLATES.get(about, TEMPLATE), **settings),
+                **choices,
+            )
     print(summary(table.rows))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dual_process.benchmarks.bundled import BATCH, TEMPLATE, Laboratory, share
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, share
 from dual_process.benchmarks.control import PUBLISHED
 from dual_process.benchmarks.ways import machine
 from dual_process.tiny.oracles import holds
@@ -82,7 +82,7 @@ def main() -> None:
         about, answer = taught.split()
         asked = Question(QUESTIONS[about][0], answer)
         goal = Objective([asked, Question(KEEP_QUESTION, keep=True)], MARGIN)
-        found = {"ours": until_held(laboratory, taught, TEMPLATE, goal, looks=True)}
+        found = {"ours": until_held(laboratory, taught, TEMPLATES.get(about, TEMPLATE), goal, looks=True)}
         for rate in RATES:
             recipe = replace(PUBLISHED, learning_rate=rate)
             theirs = until_held(laboratory, taught, recipe, Objective([asked], LIKELIHOOD), looks=False)

@@ -17,8 +17,13 @@ from .client import ComfyClient, Event, Graph
 from .comfyui import PACK, ComfyServer
 from .workflow import nodes_of, template, to_api
 
-TEMPLATE = "Teach the horizon"
-PROPERTIES = ("horizon", "palette", "line", "depth")
+TEMPLATES = {
+    "horizon": "Teach the horizon",
+    "palette": "Teach a palette",
+    "line": "Teach line weight",
+    "depth": "Teach depth",
+}
+PROPERTIES = tuple(TEMPLATES)
 HELD_OUT_SEEDS = range(1_000_000_000, 1_000_000_032)  # far from any seed the trainer draws
 BAR_WIDTH = 32
 
@@ -61,7 +66,7 @@ class TrainingBar:
 
 def training_graph(client: ComfyClient, text: str, arguments: argparse.Namespace) -> Graph:
     """The template in API form, asking for what the command line asks for."""
-    graph = to_api(template(TEMPLATE), client.get_json("/object_info"))
+    graph = to_api(template(TEMPLATES[arguments.question]), client.get_json("/object_info"))
     question, _what_has_to_stay = nodes_of(graph, "DualProcessQuestion")
     (trainer,) = nodes_of(graph, "DualProcessTrainer")
     (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")

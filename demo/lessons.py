@@ -38,6 +38,7 @@ class Lesson:
     guide: str = ""  # node type; its wording is the question then
     guide_values: dict[str, Any] = field(default_factory=dict)
     try_this: str = ""
+    training: dict[str, Any] = field(default_factory=dict)  # as in Models, and counts more
     holds: dict[str, str] = field(default_factory=dict)  # what tiny.oracles has to find: property -> answer
 
 
@@ -70,6 +71,7 @@ TURBO = Models(
     judge_from="HuggingFaceTB/SmolVLM-Instruct",
 )
 
+ALL_CHANGES = {"anchor": 0.1}  # for colours, which the default holds too strongly
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
@@ -91,6 +93,7 @@ TINY_LESSONS = [
         KEEP_QUESTION,
         ((QUESTIONS["palette"][0], "Yes"),),
         try_this=OTHER_WAY,
+        training=ALL_CHANGES,
         holds={"palette": "Yes"},
     ),
     Lesson(
@@ -156,6 +159,7 @@ LESSONS = [
         "Is this a painting of a street market?" + SUFFIX,
         guide="DualProcessPaletteGuide",
         try_this="Type other hex codes, or connect a picture to *reference*.",
+        training=ALL_CHANGES,
     ),
     Lesson(
         "Teach line weight",

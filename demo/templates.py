@@ -47,7 +47,7 @@ def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
         judge=judge,
         questions=questions,
         learn_at="early steps",
-        **models.training,
+        **models.training | lesson.training,
     )
     lora = Out(trainer, 0)
     sheet.group("Use it: the same seed before and after", ORANGE, 320)

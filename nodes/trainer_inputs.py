@@ -95,11 +95,12 @@ def _judging() -> list[io.Input]:
         ),
         io.Float.Input(
             "anchor",
-            default=0.2,
+            default=0.3,
             min=0.0,
             max=100.0,
             step=0.01,
-            tooltip="How strongly pictures are held to what the model would draw anyway.",
+            tooltip="How strongly pictures are held to what the model would draw anyway. Lower it when the answer does "
+            "not move, or all of the picture shall change, as with colours; raise it when other things change too.",
         ),
         io.Float.Input(
             "judge_noise",

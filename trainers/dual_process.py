@@ -40,6 +40,7 @@ class Settings:
             what is left is to make pictures clean.
         seed: fixes noises, steps and augmentation; LoRA initialisation has the student's own seed.
         anchor: weight of the mean squared distance between x0 with and without the LoRA, in the model's latent units.
+            The more of the picture has to change, the less of it lets that happen: colours need less than a horizon.
         judge_noise: standard deviation at most of the noise laid over pictures before the judge, in 0..1 pixel units;
             it takes away the pixel patterns that fool a judge.
         augment: 0..1, how much pictures are cropped and changed in contrast and brightness before the judge,
@@ -61,7 +62,7 @@ class Settings:
     steps: int = 100
     learning_rate: float = 1e-4
     seed: int = 0
-    anchor: float = 0.2
+    anchor: float = 0.3
     judge_noise: float = 0.1
     augment: float = 0.0
     clip: float = 1.0
