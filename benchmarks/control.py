@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, measured, save_sheet, share
 from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
+from dual_process.trainers.guards import largest_fault
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
 
 PROPERTIES = ("horizon", "palette", "line", "depth")
@@ -65,7 +66,7 @@ class Table:
         run = lesson.run
         row = {"row": name, "seed": seed, "steps": len(run.loss), "stopped": run.stopped}
         row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores if run.checks else None}
-        row |= {"drift": max((drift(check.changes) for check in run.checks[1:]), default=0.0)}
+        row |= {"drift": max((largest_fault(check.changes) for check in run.checks if check.changes), default=None)}
         for about, answer in goals.items():
             row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
         self.rows.append(row | (more or {}))
@@ -94,7 +95,7 @@ def main() -> None:
     for seed in range(1 if arguments.quick else 3):
         ours = replace(TEMPLATE, seed=seed)
         for about, answer in EVERY:
-            teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES.get(about, TEMPLATE), seed=seed))
+            teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES[about], seed=seed))
         teach("two at once", PAIR, ours)
         if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
             table.add("two stacked", seed, stacked(laboratory, table, seed), PAIR)
@@ -110,7 +111,7 @@ def main() -> None:
             teach(
                 f"{name}, {about} {answer}",
                 {about: answer},
-                replace(TEMPLATES.get(about, TEMPLATE), **settings),
+                replace(TEMPLATES[about], **settings),
                 **choices,
             )
     print(summary(table.rows))
@@ -119,7 +120,16 @@ def main() -> None:
 def summary(rows: list[dict]) -> str:
     """Markdown: one line per row's name, mean over training seeds and the worst of them; guards are the largest change
     of luminance, saturation, edges, colour entropy of any seed."""
-    columns = ["taught", "has it", "worst seed", "clean", "largest guard change", "diversity", "steps"]
+    columns = [
+        "taught",
+        "has it",
+        "worst seed",
+        "clean",
+        "largest guard change",
+        "diversity",
+        "drift of looks",
+        "steps",
+    ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
@@ -127,17 +137,13 @@ def summary(rows: list[dict]) -> str:
         oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
         largest = max((abs(one["changes"][guard]), guard) for one in found for guard in GUARDS)
         diversity = min(one["changes"]["diversity"] for one in found)
+        drift = max((row["drift"] for row in seeds if row["drift"] is not None), default=0.0)
         steps = sum(row["steps"] for row in seeds) / len(seeds)
         lines.append(
             f"| {name} | {sum(oracle) / len(oracle):.1%} | {min(oracle):.1%} | {sum(clean) / len(clean):.1%} "
-            f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {steps:.0f} |"
+            f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {drift:.0%} | {steps:.0f} |"
         )
     return "\n".join(lines)
-
-
-def drift(found: dict[str, float]) -> float:
-    """What ``Settings.drift_limit`` is compared with: the largest change of a look that is a fault."""
-    return max(*(abs(found[guard]) for guard in GUARDS), -found["diversity"], found["clipped"])
 
 
 def slider(laboratory: Laboratory, lesson: Lesson, about: str) -> dict:

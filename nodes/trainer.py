@@ -20,7 +20,7 @@ from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA
 from ..trainers.lora_metadata import metadata
-from ..trainers.memory_plan import MemoryPlan, plan_memory, try_pass
+from ..trainers.memory_plan import MemoryPlan, plan_memory, try_step
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
@@ -90,7 +90,7 @@ class Trainer(io.ComfyNode):
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:
                 plan = plan_memory(student, first, goal, settings)
             else:
-                student.turns.taken_if_needed(lambda: try_pass(student, first, goal, settings))
+                student.turns.taken_if_needed(lambda: try_step(student, first, goal, settings))
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dual_process.tiny import scenes
-from dual_process.trainers.guards import RELATIVE, changes, diversity, look, warning
+from dual_process.trainers.guards import RELATIVE, changes, diversity, largest_fault, look, warning
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,5 @@ def test_more_diversity_and_less_burning_are_no_fault():
     calm = dict.fromkeys((*RELATIVE, "clipped"), 0.0)
     assert warning({**calm, "diversity": 2.0, "clipped": -0.9}, 0.25) == ""
     assert warning({**calm, "diversity": -0.4, "luminance": 0.3}, 0.25) == "30% brighter, 40% more alike"
+    assert largest_fault({**calm, "diversity": 2.0, "clipped": -0.9, "luminance": -0.1}) == 0.1
+    assert largest_fault({**calm, "diversity": -0.4, "luminance": 0.3}) == 0.4

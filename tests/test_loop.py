@@ -165,7 +165,7 @@ def test_a_retreat_begins_anew_at_a_third_of_the_rate():
 
 
 def test_what_holds_is_taught_on_at_a_third_of_the_rate():
-    """Also when a later look does not hold, and after a retreat at a third of that."""
+    """After a retreat, at a third of that."""
     _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, held=0.18)
     holds = [check.scores[0] >= 0.18 for check in run.checks[:5]]
     assert holds == [False, False, True, True, True]

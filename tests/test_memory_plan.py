@@ -12,7 +12,16 @@ from dual_process.tests.gradients import give_lora_a_value
 from dual_process.trainers.checkpointing import Block, Call, Event, Recompute, make_recomputable
 from dual_process.trainers.dual_process import Settings, one_pass
 from dual_process.trainers.live_memory import LiveMemory
-from dual_process.trainers.memory_plan import HEADROOM, NEED_LESS, MemoryPlan, Rehearsal, plan_memory, rehearse
+from dual_process.trainers.memory_plan import (
+    HEADROOM,
+    NEED_LESS,
+    MemoryPlan,
+    Rehearsal,
+    plan_memory,
+    rehearse,
+    try_pass,
+    try_step,
+)
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.question import Question
 
@@ -150,6 +159,22 @@ def test_the_choice_says_its_numbers():
     )
     tight = MemoryPlan(int(10e9), int(2e9), int(2e9), int(2.5e9), blocks, whole_vae=True)
     assert tight.sentence().endswith(f"2.50 GB are free. It may run out of memory. {NEED_LESS}")
+
+
+def test_a_step_is_tried_beside_what_training_keeps(lab):
+    student, judge = lab.build_student("SD3"), lab.build_judge()
+
+    def loop():
+        peaks = []
+        for work in (try_pass, try_step):
+            with LiveMemory() as memory:
+                work(student, judge.judge, GOAL, Settings())
+            peaks.append(memory.peak)
+        return peaks
+
+    alone, beside = student.run(loop, [judge.patcher])
+    lora = sum(parameter.nbytes for parameter in student.lora.parameters())
+    assert beside - alone == pytest.approx(3 * lora, rel=0.02)
 
 
 @pytest.mark.parametrize("where", ["plan", "loop"])

@@ -65,7 +65,7 @@ def test_noisy_pictures_that_the_judge_likes_least_are_forgiven(asker, monkeypat
     from dual_process.tiny import refuse_ruins
 
     before, model, pictures = load(), load(), Pictures(5, "cpu")
-    part = Part("", 3, 3e-3, bent=0.0, noisy=30.0)  # at a hundredth of it, a warm-up's first steps
+    part = Part("", 3, 3e-3, bent=0.0, noisy=30.0)  # at 1 to 3 % of the rate: warm-up takes 100
 
     def mean_loss(judge) -> float:
         asker.generator.manual_seed(9)

@@ -34,6 +34,20 @@ def test_boxes_start_with_the_defaults_of_the_method(trainer):
     }
 
 
+def test_the_benchmarks_teach_as_the_templates_do(trainer):
+    from dual_process.benchmarks.bundled import TEMPLATES
+    from dual_process.demo.__main__ import TEMPLATES as NAMES
+    from dual_process.demo.workflow import nodes_of, template, to_api
+
+    info = {node["type"]: {"input": {}} for name in NAMES.values() for node in template(name)["nodes"]}
+    info["DualProcessTrainer"] = trainer.Trainer.GET_NODE_INFO_V1()
+    for about, name in NAMES.items():
+        graph = to_api(template(name), info)
+        inputs = graph[nodes_of(graph, "DualProcessTrainer")[0]]["inputs"]
+        saved = {"target": 0.982, "augment": 0.0, "latent": {"samples": torch.zeros(16, 1)}}
+        assert trainer.settings_from(SimpleNamespace(**{**inputs, **saved}), prompts=1) == TEMPLATES[about]
+
+
 @pytest.mark.parametrize("name", ["euler", "dpm_2", "uni_pc"])
 def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
     """It leaves a noise level out for some samplers; SamplerCustom does not."""

@@ -242,10 +242,14 @@ class ComfyStudent:
 
     def free_memory(self, wanted: float = 0) -> int:
         """Bytes that are free for activations on the device that computes, after evicting models that take no part if
-        ``wanted`` bytes were not. What the first step makes and training keeps from then on is no longer free."""
-        kept = KEPT_OF_LORA * sum(parameter.nbytes for parameter in self.lora.parameters())
-        self.turns.make_room(wanted + kept)
-        return self.turns.free() - kept
+        ``wanted`` bytes were not. ``kept_bytes`` are no longer free."""
+        self.turns.make_room(wanted + self.kept_bytes)
+        return self.turns.free() - self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the first step makes and training keeps from then on, beside the LoRA itself."""
+        return KEPT_OF_LORA * sum(parameter.nbytes for parameter in self.lora.parameters())
 
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:

@@ -40,7 +40,7 @@ class Settings:
             what is left is to make pictures clean.
         seed: fixes noises, steps and augmentation; LoRA initialisation has the student's own seed.
         anchor: weight of the mean squared distance between x0 with and without the LoRA, in the model's latent units.
-            The more of the picture has to change, the less of it lets that happen: colours need less than a horizon.
+            What changes the whole picture, as colours do, needs a smaller one than a horizon.
         judge_noise: standard deviation at most of the noise laid over pictures before the judge, in 0..1 pixel units;
             it takes away the pixel patterns that fool a judge.
         augment: 0..1, how much pictures are cropped and changed in contrast and brightness before the judge,
@@ -120,9 +120,7 @@ def train(
         run.stopped = "held before the first step: there is nothing to teach"
         return run
 
-    parameters = list(student.lora.parameters())
-
-    strikes, settled = 0, False
+    parameters, settled = list(student.lora.parameters()), False
 
     def rate() -> float:
         return settings.learning_rate / 3 ** (len(run.retreats) + settled)
@@ -132,6 +130,7 @@ def train(
 
     optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
+    strikes = 0
     for step in range(1, settings.steps + 1):
         loss, scores, image = passes(student, judge, objective, settings, rng)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -161,7 +160,7 @@ def train(
                 run.retreats.append(f"at step {step} pictures got {drift}, {back}")
                 looks.go_back()
                 optimizer, average = beginning()
-            elif looks.hold():
+            elif looks.enough_hold():
                 run.stopped = f"held at step {step}"
                 break
             elif looks.holds(run.checks[-1]):

@@ -74,6 +74,14 @@ def faults(found: dict[str, float], limit: float) -> dict[str, str]:
 
     More different pictures are no fault, and neither are fewer burnt ones.
     """
-    fine = {name: max(found[name], 0) if name == "clipped" else found[name] for name in WORDS}
-    fine["diversity"] = min(fine["diversity"], 0)
-    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in fine.items() if abs(x) > limit}
+    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in _bad(found).items() if abs(x) > limit}
+
+
+def largest_fault(found: dict[str, float]) -> float:
+    """How large ``limit`` has to be for no ``faults``."""
+    return max(map(abs, _bad(found).values()))
+
+
+def _bad(found: dict[str, float]) -> dict[str, float]:
+    bad = {name: max(found[name], 0) if name == "clipped" else found[name] for name in WORDS}
+    return bad | {"diversity": min(found["diversity"], 0)}

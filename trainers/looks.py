@@ -72,7 +72,7 @@ class Looks:
                 self._keep(look)
         return drift
 
-    def hold(self) -> bool:
+    def enough_hold(self) -> bool:
         """Whether enough looks in a row hold."""
         return len(self._since) > self._enough and all(map(self.holds, self._since[-self._enough :]))
 

@@ -73,7 +73,7 @@ def metadata(
         "ss_network_alpha": str(rank),  # the file's update has alpha / rank folded in
         "ss_optimizer": "torch.optim.adamw.AdamW",
         "ss_learning_rate": str(settings.learning_rate),
-        "ss_lr_scheduler": "constant, a third of it once held",
+        "ss_lr_scheduler": "constant",
         "ss_max_grad_norm": str(settings.clip),
         "ss_batch_size_per_device": str(student.latent.shape[0]),
         "ss_gradient_accumulation_steps": str(settings.accumulate),

@@ -107,8 +107,16 @@ def rehearse(student, judge, objective: Objective, settings: Settings) -> Rehear
     return rehearsal
 
 
+def try_step(student, judge, objective: Objective, settings: Settings) -> None:
+    """One pass beside what training will keep, of which nothing is left: where memory does not suffice, it runs out
+    here."""
+    kept = torch.empty(student.kept_bytes, dtype=torch.uint8, device=next(student.lora.parameters()).device)
+    try_pass(student, judge, objective, settings)
+    del kept
+
+
 def try_pass(student, judge, objective: Objective, settings: Settings) -> None:
-    """One pass of which nothing is left: where memory does not suffice, it runs out here."""
+    """One pass that leaves no gradient."""
     student.use_prompt(0)
     noise, rng = student.noise(SEED), torch.Generator().manual_seed(0)
     try:
