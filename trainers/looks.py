@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 CHECK_SEEDS = 2**31  # the held-out seeds start here
 NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-LOOKS = 8  # in a row that must hold before training stops, or all: pictures are still getting cleaner after the first
+# in a row that must hold before training stops, or half of all: pictures are still getting cleaner after the first
+LOOKS = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Looks:
         self.objective = objective.start_from(first.scores)
         self._chooser = objective.start_from(first.second or first.scores)
         self._since = [first]  # the best look that training goes on from, and the fine ones since then
-        self._enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1)))
+        self._enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1) // 2))
         self._keep(first)
 
     def due(self, step: int) -> bool:
