@@ -108,28 +108,14 @@ def main() -> None:
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for about, answer in HARDER:
-            teach(
-                f"{name}, {about} {answer}",
-                {about: answer},
-                replace(TEMPLATES[about], **settings),
-                **choices,
-            )
+            teach(f"{name}, {about} {answer}", {about: answer}, replace(TEMPLATES[about], **settings), **choices)
     print(summary(table.rows))
 
 
 def summary(rows: list[dict]) -> str:
     """Markdown: one line per row's name, mean over training seeds and the worst of them; guards are the largest change
-    of luminance, saturation, edges, colour entropy of any seed."""
-    columns = [
-        "taught",
-        "has it",
-        "worst seed",
-        "clean",
-        "largest guard change",
-        "diversity",
-        "drift of looks",
-        "steps",
-    ]
+    of luminance, saturation, edges, colour entropy of any seed, drift is the largest of any look, where it is known."""
+    columns = "taught, has it, worst seed, clean, largest guard change, diversity, drift of looks, steps".split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
@@ -137,11 +123,12 @@ def summary(rows: list[dict]) -> str:
         oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
         largest = max((abs(one["changes"][guard]), guard) for one in found for guard in GUARDS)
         diversity = min(one["changes"]["diversity"] for one in found)
-        drift = max((row["drift"] for row in seeds if row["drift"] is not None), default=0.0)
+        drifts = [row["drift"] for row in seeds if row.get("drift") is not None]
+        drift = f"{max(drifts):.0%}" if drifts else "-"
         steps = sum(row["steps"] for row in seeds) / len(seeds)
         lines.append(
             f"| {name} | {sum(oracle) / len(oracle):.1%} | {min(oracle):.1%} | {sum(clean) / len(clean):.1%} "
-            f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {drift:.0%} | {steps:.0f} |"
+            f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {drift} | {steps:.0f} |"
         )
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
 """Seconds until a control is held: until nine of ten held-out pictures have the property, by their pixels.
 
-`python3 dev.py bench held --json FILE` teaches the bundled student as the template does (at its full rate, since
-no look is said to hold), and by the published recipe
-(Luo et al., section 4: cross-entropy, a random step, nothing that holds the picture) at several learning rates, the
-fastest of which counts. Seconds are those of the CPU. Ours include the looks at held-out seeds, which are part of it;
-the published recipe is given its steps alone, at the speed of our step, and is not asked to keep anything.
+`python3 dev.py bench held --json FILE` teaches the bundled student as the template does (at its full rate, since no
+look is said to hold), and by the published recipe (Luo et al., section 4: cross-entropy, a random step, nothing that
+holds the picture) at several learning rates, the fastest of which counts. Seconds are those of the CPU. Ours include
+the looks at held-out seeds, which are part of it; the published recipe is given its steps alone, at the speed of our
+step, and is not asked to keep anything.
 """
 
 from __future__ import annotations

@@ -201,3 +201,12 @@ def test_compile(pair, monkeypatch):
             assert found["gradient_error"] < 1e-5 and found["cpu_seconds_to_compile"] > 0
             saves = found["cpu_seconds_compiled"] < found["cpu_seconds"]
             assert (found["pays_back_after_steps"] is not None) == saves
+
+
+def test_rows_without_a_look_or_from_an_earlier_file_are_summed_up():
+    from dual_process.benchmarks.control import GUARDS, summary
+
+    found = {"oracle": 1.0, "readable": 0.5, "changes": dict.fromkeys((*GUARDS, "diversity"), 0.0)}
+    rows = [{"row": "taught", "seed": seed, "steps": 10, "horizon Yes": found} for seed in range(3)]
+    rows[1]["drift"], rows[2]["drift"] = 0.2, None
+    assert summary(rows).endswith("| +0% | 20% | 10 |") and summary(rows[:1]).endswith("| +0% | - | 10 |")

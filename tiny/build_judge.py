@@ -268,10 +268,10 @@ def learn_to_answer(model: nn.Module, processor: Any, pictures: Pictures, folder
             log.info("judge %d/%d loss %.3f right %.3f %.0f s",
                      step, steps, loss.item(), right.item(), time.time() - start)
         if step % 500 == 499 or step == steps - 1:
-            save_average(average, processor, model, folder)
+            _save_average(average, processor, model, folder)
 
 
-def save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
+def _save_average(average: Average, processor: Any, model: nn.Module, folder: Path) -> None:
     """Save the averaged weights; ``model`` keeps its own."""
     averaged = new_model(processor)
     average.copy_to(averaged)
