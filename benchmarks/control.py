@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, measured, save_sheet, share
-from dual_process.tiny.oracles import measure
+from dual_process.tiny.oracles import holds, measure
 from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
 from dual_process.trainers.guards import largest_fault
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
@@ -69,12 +70,21 @@ class Table:
         row |= {"drift": max((largest_fault(check.changes) for check in run.checks if check.changes), default=None)}
         for about, answer in goals.items():
             row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
+        row["others"] = {"before": others(lesson.before), "after": others(lesson.after)}
         self.rows.append(row | (more or {}))
         self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
         if lesson.lora:
             save_file(lesson.lora, self.lora(name, seed))
         save_sheet(lesson.after, self.file, f"{name} {seed}")
         print(json.dumps(row), flush=True)
+
+
+def others(pictures: Tensor) -> dict[str, float]:
+    """Share of the clean pictures that have each property, and a sun, which no question is about."""
+    found = measure(pictures)
+    clean = found["readable"]
+    shares = {about: share(holds(pictures, about)[clean]) for about in PROPERTIES}
+    return {**shares, "sun": share(found["sun"][clean])}
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ def test_what_holds_is_taught_on_at_a_third_of_the_rate():
     brightness = [check.pictures.mean().item() for check in run.checks]
     strides = [after - before for before, after in zip(brightness, brightness[1:])]
     assert strides[:4] == [pytest.approx(stride, rel=0.05) for stride in (0.01, 0.01, 0.01 / 3, 0.01 / 3)]
-    assert run.retreats[0].startswith("at step 5 ") and run.retreats[0].endswith("step 4")
+    assert run.retreats[0].startswith("at step 5 ") and run.retreats[0].endswith("step 4") and run.settled == 2
     assert brightness[6] - brightness[4] == pytest.approx(0.01 / 9, rel=0.05)
 
 

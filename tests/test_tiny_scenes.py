@@ -55,6 +55,14 @@ def test_oracles_agree_with_what_was_drawn():
         assert right.float().mean() >= 0.99, name
 
 
+def test_the_sun_is_seen():
+    measures = scenes.attributes(torch.rand(48, 8, generator=torch.Generator().manual_seed(5)))
+    hidden = measures | {"sun_x": torch.full((48,), -3.0)}
+    for scene, there in ((measures, True), (hidden, False)):
+        found = oracles.measure(scenes.draw(scene))
+        assert (found["sun"] == there).all() and found["readable"].all()
+
+
 def test_holds_is_false_for_both_answers_when_unreadable():
     black = torch.zeros(2, 3, 64, 64)
     for name in scenes.PROPERTIES:

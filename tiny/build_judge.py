@@ -31,11 +31,29 @@ POOL = 4096  # pictures that came through the generator
 EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 3.0, 5.5, -5.0  # wanted log-odds at the gap's edge, at the far end, of a ruin
 
 
-class Prompts:
-    """Every wording with and without the suffix as tokens of the real processor, padded on the right.
+class Texts:
+    """Questions as tokens of the real processor, padded on the right: ``tokens`` [P, L] and ``last`` [P], the place
+    whose next token is the answer."""
+
+    def __init__(self, processor: Any, texts: Sequence[str], device: str) -> None:
+        rows = [self._tokens(processor, text) for text in texts]
+        self.last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        length = int(self.last.max()) + 2
+        self.tokens = torch.tensor([row + [processor.tokenizer.pad_token_id] * (length - len(row)) for row in rows],
+                                   device=device)
+
+    @staticmethod
+    def _tokens(processor: Any, text: str) -> list[int]:
+        prompt = processor.apply_chat_template(chat(text), add_generation_prompt=True)
+        picture = torch.zeros(3, scenes.SIDE, scenes.SIDE, dtype=torch.uint8)
+        return processor(text=prompt, images=[picture])["input_ids"][0]
+
+
+class Prompts(Texts):
+    """Every wording about scenes with and without the suffix.
 
     ``side`` [P, 4] says what a prompt asks: +1 for a property's upper half, -1 for the lower half, all 0 for "is it
-    clean". ``tokens`` [P, L] and ``last`` [P], the place whose next token is the answer.
+    clean".
     """
 
     def __init__(self, processor: Any, device: str) -> None:
@@ -47,17 +65,7 @@ class Prompts:
         texts += KEEP_WORDINGS
         sides += [[0] * len(WORDINGS)] * len(KEEP_WORDINGS)
         self.side = torch.tensor(sides * 2, dtype=torch.float32, device=device)
-        rows = [self._tokens(processor, text + suffix) for suffix in (SUFFIX, "") for text in texts]
-        self.last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        length = int(self.last.max()) + 2
-        self.tokens = torch.tensor([row + [processor.tokenizer.pad_token_id] * (length - len(row)) for row in rows],
-                                   device=device)
-
-    @staticmethod
-    def _tokens(processor: Any, text: str) -> list[int]:
-        prompt = processor.apply_chat_template(chat(text), add_generation_prompt=True)
-        picture = torch.zeros(3, scenes.SIDE, scenes.SIDE, dtype=torch.uint8)
-        return processor(text=prompt, images=[picture])["input_ids"][0]
+        super().__init__(processor, [text + suffix for suffix in (SUFFIX, "") for text in texts], device)
 
     def main(self) -> Tensor:
         """Rows of the wordings used everywhere, the first of each with the suffix: upper, lower, …, clean [9]."""
@@ -297,7 +305,7 @@ def main_odds(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: T
     return odds_of_yes(model, prompts, ids, images, prompts.main().to(images.device).expand(len(images), -1))
 
 
-def odds_of_yes(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: Tensor, asked: Tensor) -> Tensor:
+def odds_of_yes(model: nn.Module, prompts: Texts, ids: dict[str, int], images: Tensor, asked: Tensor) -> Tensor:
     """Log-odds of Yes [B, Q] for rows of prompts ``asked`` [B, Q] about pictures in 0..1 [B, 3, S, S]."""
     logits = answer_logits(model, images, prompts.tokens[asked], prompts.last[asked][..., None])[:, :, 0]
     return logits[..., ids["yes"]] - logits[..., ids["no"]]

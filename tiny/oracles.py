@@ -20,6 +20,7 @@ _INK = 0.07  # luminance of a fully inked pixel
 _SKY = ((0.48, 0.68, 0.91), (0.97, 0.67, 0.46))
 _GROUND = ((0.33, 0.45, 0.70), (0.73, 0.45, 0.27))
 
+_SUN, _FAINT = 12, 0.06  # a sky has a sun where so many pixels differ so much from their row
 # property -> (measure, border, True when "the upper half" of the property lies above the border)
 _BORDERS = {"horizon": ("horizon", 0.5, False), "palette": ("warmth", 0.0, True), "line": ("line", 2.45, True),
             "depth": ("depth", 0.0, True)}
@@ -41,7 +42,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
 
     Returns tensors [B]: ``horizon`` (0 top .. 1 bottom), ``warmth`` (red minus blue: below 0 cool, above 0 warm),
     ``line`` (stroke in px at 64 px a side), ``depth`` (radius of the white ball minus that of the green one, px), and
-    the bool ``readable``. The measures of an unreadable picture mean nothing.
+    the bools ``sun`` and ``readable``. The measures of an unreadable picture mean nothing.
     """
     x = images.detach().float().clamp(0, 1)
     if x.shape[-2:] != (SIDE, SIDE):
@@ -51,6 +52,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     warmth = ((sky + ground)[:, 0] - (sky + ground)[:, 2]) / 2
     return {"horizon": parts.horizon / SIDE, "warmth": warmth, "line": parts.stroke,
             "depth": parts.white.radius - parts.green.radius,
+            "sun": _patches(x, parts.sky, _FAINT) >= _SUN,
             "readable": torch.stack(list(checks(x, parts).values())).all(0)}
 
 
@@ -213,11 +215,11 @@ def _jumps(x: Tensor) -> Tensor:
     return torch.maximum(right, down)
 
 
-def _patches(x: Tensor, mask: Tensor) -> Tensor:
-    """Number [B] of pixels under a mask whose colour is not that of most of their row."""
+def _patches(x: Tensor, mask: Tensor, step: float = 0.12) -> Tensor:
+    """Number [B] of pixels under a mask whose colour is not that of most of their row, by more than ``step``."""
     values = x.masked_fill(~mask[:, None], torch.nan)
     difference = (values - values.nanmedian(3, keepdim=True).values).abs().amax(1)
-    return (difference > 0.12).sum((1, 2))
+    return (difference > step).sum((1, 2))
 
 
 def _between(colour: Tensor, ends: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,8 @@ class Run:
     """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
 
     ``skipped`` counts the steps that were not taken because their gradient was not finite. ``retreats`` says of every
-    time that training went back to its best look, because pictures had drifted, when and why.
+    time that training went back to its best look, because pictures had drifted, when and why. ``settled`` is the step
+    of the first look that held, after which the rate is a third; None if none did.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
     one with the LoRA that was kept.
@@ -96,6 +97,7 @@ class Run:
     checks: list[Check] = field(default_factory=list)
     skipped: int = 0
     retreats: list[str] = field(default_factory=list)
+    settled: int | None = None
     stopped: str = "all steps done"
 
 
@@ -120,10 +122,10 @@ def train(
         run.stopped = "held before the first step: there is nothing to teach"
         return run
 
-    parameters, settled = list(student.lora.parameters()), False
+    parameters = list(student.lora.parameters())
 
     def rate() -> float:
-        return settings.learning_rate / 3 ** (len(run.retreats) + settled)
+        return settings.learning_rate / 3 ** (len(run.retreats) + (run.settled is not None))
 
     def beginning() -> tuple[torch.optim.AdamW, Average]:
         return torch.optim.AdamW(parameters, lr=rate(), weight_decay=0.0), Average(parameters, settings.average)
@@ -163,8 +165,8 @@ def train(
             elif looks.enough_hold():
                 run.stopped = f"held at step {step}"
                 break
-            elif looks.holds(run.checks[-1]):
-                settled = True
+            elif run.settled is None and looks.holds(run.checks[-1]):
+                run.settled = step
                 optimizer.param_groups[0]["lr"] = rate()
     looks.end()
     return run
