@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..tiny.questions import KEEP_QUESTION, QUESTIONS, SUFFIX
@@ -23,6 +23,7 @@ class Models:
     judge_from: str = ""
     training: dict[str, Any] = field(default_factory=dict)  # what the trainer has other than its defaults
     enlarge: int = 1  # times, to look at
+    knows: str = ""  # what the judge can be asked, where that is all
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ TINY = Models(
     16,
     enlarge=4,
     training={"steps": 180, "learning_rate": 0.001, "rank": 8, "check_every": 10},
+    knows="The tiny judge knows whether the horizon is in the upper half, the colours are warm, the lines are thick, "
+    "and the white ball is in front of the green one.",
+)
+TINY_GUIDED = replace(
+    TINY,
+    judge="tiny judge that reads guides (bundled)",
+    knows="This tiny judge reads the line of Horizon Guide, the swatches of Palette Guide and the stroke of Line "
+    "Weight Guide, with the questions that those nodes word, and answers what the other tiny judge does.",
 )
 FLUX = Models(
     "FLUX schnell, Qwen2.5-VL",
@@ -126,6 +135,47 @@ TINY_LESSONS = [
         ((QUESTIONS["horizon"][0], "No"), (QUESTIONS["depth"][0], "Yes")),
         holds={"horizon": "No", "depth": "Yes"},
         try_this="Swap the two answers, or chain a third question in.",
+    ),
+]
+WITH_A_GUIDE = " with a guide"
+# this judge is not as sure about guides as about plain questions, and one wanted height makes pictures alike by itself
+FOLLOWING = {"target": 0.9, "stop_at": 0.85, "drift_limit": 0.5}
+TINY_GUIDED_LESSONS = [
+    Lesson(
+        f"Teach the horizon{WITH_A_GUIDE}",
+        "horizon_guide",
+        "The horizon moves to the height of the red line of Horizon Guide.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        guide="DualProcessHorizonGuide",
+        guide_values={"height": 0.6},
+        try_this="Move the line with *height*, from 0.2 to 0.8; connect *drawing* to *Preview Image* to see it.",
+        training=FOLLOWING,
+        holds={"horizon": "Yes"},
+    ),
+    Lesson(
+        f"Teach a palette{WITH_A_GUIDE}",
+        "palette_guide",
+        "The picture takes on the colours of Palette Guide.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        guide="DualProcessPaletteGuide",
+        guide_values={"colours": "#e7ac8c, #a46852, #2d5d33"},
+        try_this="Try cool colours, `#9ebee7, #5b7abf, #285d3a`, or some between, `#c6bebf, #9a879e, #495b51`.",
+        training=ALL_CHANGES | FOLLOWING,
+        holds={"palette": "Yes"},
+    ),
+    Lesson(
+        f"Teach line weight{WITH_A_GUIDE}",
+        "line_weight_guide",
+        "The lines become as thick as the stroke of Line Weight Guide.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        guide="DualProcessLineWeightGuide",
+        guide_values={"pixels": 3},
+        try_this="Change *pixels*: 2 is thin, 4 is thick.",
+        training=FOLLOWING,
+        holds={"line": "Yes"},
     ),
 ]
 TINY_BEST = Lesson(
@@ -225,6 +275,7 @@ BEST = Lesson(
 def lessons() -> Iterator[tuple[Lesson, Models]]:
     """What there is a template of."""
     yield from ((lesson, TINY) for lesson in [*TINY_LESSONS, TINY_BEST])
+    yield from ((lesson, TINY_GUIDED) for lesson in TINY_GUIDED_LESSONS)
     yield from ((lesson, FLUX) for lesson in LESSONS)
     yield from ((lesson, TURBO) for lesson in (LESSONS[0], BEST))
 

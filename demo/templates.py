@@ -17,7 +17,7 @@ from PIL import Image
 
 from .client import ComfyClient
 from .comfyui import PACK, ComfyServer
-from .lessons import TINY_LESSONS, Lesson, Models, file_name, lessons
+from .lessons import TINY_GUIDED_LESSONS, TINY_LESSONS, WITH_A_GUIDE, Lesson, Models, file_name, lessons
 from .sheet import Out, Sheet
 from .thumbnails import pairs, ranking, sketch
 
@@ -171,12 +171,6 @@ def downloads_of(models: Models) -> tuple[dict[str, str], ...]:
     return ({"name": models.checkpoint, "url": url, "directory": "checkpoints"},)
 
 
-TINY_KNOWS = (
-    "The tiny judge knows whether the horizon is in the upper half, the colours are warm, the lines are thick, and "
-    "the white ball is in front of the green one."
-)
-
-
 def training_note(lesson: Lesson, models: Models) -> str:
     """What the user should know before pressing Run."""
     if not models.checkpoint_from:
@@ -186,14 +180,14 @@ def training_note(lesson: Lesson, models: Models) -> str:
             "1. Press **Run**, and watch the pictures and the judge's answers on the trainer.\n"
             "2. Compare **Before** and **After**: the same seed, without and with the LoRA.\n"
             f"3. {lesson.try_this}\n\n"
-            f"{TINY_KNOWS}\n"
+            f"{models.knows}\n"
         )
     tiny = "There is no tiny version: the tiny models know neither cups nor comparisons.\n"
-    if lesson.name in {other.name for other in TINY_LESSONS}:
-        tiny = (
-            "The tiny version differs in the loaders, the picture size, the trainer's steps, learning rate and rank, "
-            "and asks plain questions: its judge does not know guides.\n"
-        )
+    differs = "differs in the loaders, the picture size, the trainer's steps, learning rate and rank"
+    if lesson.name + WITH_A_GUIDE in {other.name for other in TINY_GUIDED_LESSONS}:
+        tiny = f"The tiny version, *{lesson.name}{WITH_A_GUIDE}*, {differs}.\n"
+    elif lesson.name in {other.name for other in TINY_LESSONS}:
+        tiny = f"The tiny version {differs}, and asks plain questions: its judge does not know this guide.\n"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
         "3. Press **Run**; compare **Before** and **After**.\n"
@@ -209,7 +203,7 @@ def picking_note(lesson: Lesson, models: Models) -> str:
         return (
             f"**{lesson.name}** - no training; runs on any machine, also without a GPU.\n\n{lesson.about}\n\n"
             "1. Press **Run**. *Judge Score* shows the best picture and a table of all.\n"
-            f"2. {lesson.try_this}\n\n{TINY_KNOWS}\n"
+            f"2. {lesson.try_this}\n\n{models.knows}\n"
         )
     return (
         f"**{lesson.name}** - no training.\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"

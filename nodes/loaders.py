@@ -14,10 +14,11 @@ from ..vlm.loading import ATTENTIONS, discover_adapters, discover_judges, load_j
 from .types import CATEGORY, JudgeType
 
 PACK = Path(__file__).parent.parent
-BUNDLED_JUDGE = "tiny judge (bundled)"
+TINY = PACK / "tiny"
+BUNDLED_JUDGE, BUNDLED_GUIDE_READER = "tiny judge (bundled)", "tiny judge that reads guides (bundled)"
 for kind in ("VLM", "LLM"):
     folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
-folder_paths.add_model_folder_path("checkpoints", str(PACK / "tiny" / "models"))
+folder_paths.add_model_folder_path("checkpoints", str(TINY / "models"))
 
 
 NO_LORA = "none"
@@ -30,8 +31,9 @@ def roots() -> list[Path]:
 
 
 def judges() -> dict[str, Path]:
-    """Name -> folder of every judge in models/VLM and models/LLM, and the bundled one."""
-    return {**discover_judges(roots()), BUNDLED_JUDGE: PACK / "tiny" / "judge"}
+    """Name -> folder of every judge in models/VLM and models/LLM, and the bundled ones."""
+    bundled = {BUNDLED_JUDGE: TINY / "judge", BUNDLED_GUIDE_READER: TINY / "judge_of_guides"}
+    return {**discover_judges(roots()), **bundled}
 
 
 def hub_judge(hub_id: str, download: bool) -> Path:
@@ -78,7 +80,7 @@ class JudgeLoader(io.ComfyNode):
                     "judge",
                     options=list(judges()),
                     tooltip="A model folder (config.json, safetensors, tokenizer) inside models/VLM or models/LLM. "
-                    "The bundled tiny judge only knows the bundled tiny student's landscapes.",
+                    "The bundled tiny judges only know the bundled tiny student's landscapes.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -200,4 +202,4 @@ class TinyTextEncoder(io.ComfyNode):
     def execute(cls):
         from ..tiny.text_encoder import load_tiny_clip
 
-        return io.NodeOutput(load_tiny_clip(PACK / "tiny" / "models" / "dual_process_tiny_text_encoder.safetensors"))
+        return io.NodeOutput(load_tiny_clip(TINY / "models" / "dual_process_tiny_text_encoder.safetensors"))

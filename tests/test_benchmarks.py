@@ -210,3 +210,43 @@ def test_rows_without_a_look_or_from_an_earlier_file_are_summed_up():
     rows = [{"row": "taught", "seed": seed, "steps": 10, "horizon Yes": found} for seed in range(3)]
     rows[1]["drift"], rows[2]["drift"] = 0.2, None
     assert summary(rows).endswith("| +0% | 20% | 10 |") and summary(rows[:1]).endswith("| +0% | - | 10 |")
+
+
+def test_what_else_moved_is_counted_among_the_clean_pictures():
+    from dual_process.benchmarks.control import others
+    from dual_process.tiny import scenes
+
+    measures = scenes.attributes(torch.full((4, 8), 0.9))
+    measures["palette"][:2], measures["sun_x"][:3] = 0.1, -3.0
+    pictures = torch.cat([scenes.draw(measures), torch.zeros(4, 3, 64, 64)])
+    assert others(pictures) == {"horizon": 1.0, "palette": 0.5, "line": 1.0, "depth": 1.0, "sun": 0.25}
+
+
+def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
+    from dual_process.benchmarks.guided import GUIDES, followed, wanted_scene
+    from dual_process.tiny.oracles import measure
+
+    for about, (_, drawing, values) in GUIDES.items():
+        found = [measure(wanted_scene(about, value)) for value in values]
+        assert all(one["readable"] for one in found)
+        assert len({drawing(wanted_scene(about, value)[0], value).draw(64, 64).sum() for value in values}) == 5
+        if about != "palette":
+            assert [one[about].item() for one in found] == pytest.approx(values, abs=0.15)
+    pictures = torch.cat([wanted_scene("line", value) for value in (2.0, 3.0)] + [torch.zeros(2, 3, 64, 64)])
+    thin, thick = measure(pictures)["line"][:2].tolist()
+    assert followed(pictures, "line", thin) == {
+        "error": pytest.approx((thick - thin) / 2),
+        "mean": pytest.approx((thick + thin) / 2),
+        "readable": 0.5,
+    }
+
+
+def test_guides_are_summed_up_over_their_values():
+    from dual_process.benchmarks.guided import summary
+
+    rows = [
+        {"row": f"horizon {target}", "target": target, "before": {"error": 0.2}}
+        | {"after": {"error": 0.05, "mean": target + 0.05, "readable": 1.0}}
+        for target in (0.3, 0.5, 0.7)
+    ]
+    assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% |")

@@ -35,17 +35,23 @@ def test_boxes_start_with_the_defaults_of_the_method(trainer):
 
 
 def test_the_benchmarks_teach_as_the_templates_do(trainer):
+    from dual_process.benchmarks import guided
     from dual_process.benchmarks.bundled import TEMPLATES
     from dual_process.demo.__main__ import TEMPLATES as NAMES
+    from dual_process.demo.lessons import WITH_A_GUIDE
     from dual_process.demo.workflow import nodes_of, template, to_api
+    from dual_process.trainers.objective import Objective
 
-    info = {node["type"]: {"input": {}} for name in NAMES.values() for node in template(name)["nodes"]}
+    taught = [(name, TEMPLATES[about], Objective.target) for about, name in NAMES.items()]
+    taught += [(NAMES[about] + WITH_A_GUIDE, guided.SETTINGS[about], guided.TARGET) for about in guided.GUIDES]
+    info = {node["type"]: {"input": {}} for name, _, _ in taught for node in template(name)["nodes"]}
     info["DualProcessTrainer"] = trainer.Trainer.GET_NODE_INFO_V1()
-    for about, name in NAMES.items():
+    for name, settings, target in taught:
         graph = to_api(template(name), info)
         inputs = graph[nodes_of(graph, "DualProcessTrainer")[0]]["inputs"]
-        saved = {"target": 0.982, "augment": 0.0, "latent": {"samples": torch.zeros(16, 1)}}
-        assert trainer.settings_from(SimpleNamespace(**{**inputs, **saved}), prompts=1) == TEMPLATES[about]
+        saved = {"target": Objective.target, "augment": 0.0, **inputs, "latent": {"samples": torch.zeros(16, 1)}}
+        assert trainer.settings_from(SimpleNamespace(**saved), prompts=1) == settings
+        assert saved["target"] == target
 
 
 @pytest.mark.parametrize("name", ["euler", "dpm_2", "uni_pc"])

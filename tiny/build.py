@@ -1,7 +1,8 @@
 """Rebuild the bundled tiny models from fixed seeds: ``python -m dual_process.tiny.build``.
 
-Stages: autoencoder, judge, student, judge again on the student's pictures, judge again on ruins, check. Each leaves its
-record in the work folder and is skipped when that is there, so that a stopped build goes on where it was.
+Stages: autoencoder, judge, student, judge again on the student's pictures, judge again on ruins, a judge that reads
+guides too, check. Each leaves its record in the work folder and is skipped when that is there, so that a stopped build
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..demo.comfyui import use_comfyui
-from . import build_judge, build_student, build_vae, refuse_ruins
+from . import build_judge, build_student, build_vae, refuse_ruins, teach_guides
 from .check import PER_CASE, check_judge, check_student
 from .training import save
 
@@ -72,7 +73,11 @@ def build(out: Path, work: Path, device: str, quick: bool) -> dict:
         build_judge.POOL // less))
     stages.run("refuse_ruins", lambda: refuse_ruins.refuse_ruins(
         work / "judge_finished", work / "judge", work, vae, device, less, build_judge.POOL // less))
-    shutil.copytree(work / "judge", out / "judge", dirs_exist_ok=True)
+    stages.run("teach_guides", lambda: teach_guides.teach_guides(
+        work / "judge", work / "judge_of_guides", work, build_vae.load_vae(work / "vae.safetensors", "cpu"), less,
+        teach_guides.POOL // less))
+    for judge in ("judge", "judge_of_guides"):
+        shutil.copytree(work / judge, out / judge, dirs_exist_ok=True)
     pictures = PER_CASE // less
     stages.run("check_student", lambda: check_student(work, vae, device, pictures))
     stages.run("check_judge", lambda: check_judge(out / "judge", work, vae, device, pictures))

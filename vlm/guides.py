@@ -26,7 +26,8 @@ COMPOSITION_QUESTION = "Does the composition of the image match the overlaid red
 
 RED, WHITE = (230, 25, 25), (255, 255, 255)
 FINE = 4  # drawn this many times larger and then averaged, for smooth edges
-LINE = 1 / 80  # thickness of lines, as a share of the frame's shorter side
+LINE = 1 / 80  # thickness of lines, as a share of the frame's shorter side, but at least
+THINNEST_LINE = 2  # px
 DOT = 1 / 16  # radius of a marked point, likewise, but at least
 SMALLEST_DOT = 4  # px
 STRIP = 1 / 6  # height of the palette, as a share of the frame's height
@@ -210,7 +211,7 @@ class _Sheet:
     def __init__(self, height: int, width: int):
         self.image = Image.new("RGBA", (width * FINE, height * FINE))
         self.pen = ImageDraw.Draw(self.image)
-        self.line = max(1.0, LINE * min(height, width))
+        self.line = max(THINNEST_LINE, LINE * min(height, width))
 
     def box(self, left: float, top: float, right: float, bottom: float) -> tuple[int, ...]:
         """Corners for PIL, which counts the last pixel in."""

@@ -1,0 +1,112 @@
+"""How closely pictures follow a guide that is drawn over them for the judge, said by functions that measure pixels.
+
+`python3 dev.py bench guided --json FILE [--quick]` teaches the bundled student with the question of each guide and one
+LoRA for every value of it, on seeds it is not measured on, as the templates do but with batches of 8. The judge is the
+bundled one that reads guides. Rows that are in FILE already are not taught again; pictures and LoRAs lie beside it.
+Ends with the table of the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, share
+from dual_process.benchmarks.control import MEASURES, Table
+from dual_process.demo.comfyui import PACK
+from dual_process.tiny import scenes
+from dual_process.tiny.oracles import measure
+from dual_process.tiny.questions import KEEP_QUESTION
+from dual_process.trainers.objective import MARGIN, Objective
+from dual_process.vlm.guides import (
+    HORIZON_QUESTION,
+    LINE_WEIGHT_QUESTION,
+    PALETTE_QUESTION,
+    Horizon,
+    Palette,
+    Stroke,
+    palette_of,
+)
+from dual_process.vlm.overlay import Drawing, Overlay
+from dual_process.vlm.question import Question
+
+SWATCHES, BATCH = 3, 8
+# property -> question, what is drawn (of a scene that has the wanted value, and the value), values
+GUIDES: dict[str, tuple[str, Callable[[Tensor, float], Drawing], tuple[float, ...]]] = {
+    "horizon": (HORIZON_QUESTION, lambda scene, value: Horizon(1 - value), (0.3, 0.4, 0.5, 0.6, 0.7)),
+    "palette": (PALETTE_QUESTION, lambda scene, value: Palette(palette_of(scene, SWATCHES)), (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "line": (LINE_WEIGHT_QUESTION, lambda scene, value: Stroke(value), (1.5, 2.0, 2.5, 3.0, 3.5)),
+}
+# The judge is not as sure about guides as about plain questions, and one wanted height makes pictures alike by itself.
+TARGET = 0.9
+SETTINGS = {about: replace(TEMPLATES[about], held=0.85, drift_limit=0.5) for about in GUIDES}
+
+
+def wanted_scene(about: str, value: float) -> Tensor:
+    """A scene [1, 3, 64, 64] whose property has the value (as `scenes.attributes` has it)."""
+    measures = scenes.attributes(torch.full((1, len(scenes.FACTORS)), 0.25))
+    measures[about] = torch.tensor([value])
+    measures["horizon_line"] = measures["line"]
+    return scenes.draw(measures)
+
+
+def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
+    """How far clean pictures [N, 3, H, W] are from the target, as a mean; their mean; share that is clean."""
+    found = measure(pictures)
+    values = found[MEASURES[about]][found["readable"]]
+    return {
+        "error": (values - target).abs().mean().item(),
+        "mean": values.mean().item(),
+        "readable": share(found["readable"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="rows are added to this file")
+    parser.add_argument("--quick", action="store_true", help="three values of each guide instead of five")
+    parser.add_argument("--only", default="", help="rows whose name begins so")
+    arguments = parser.parse_args()
+    table, laboratory = Table(arguments.json), Laboratory(judge=PACK / "tiny" / "judge_of_guides")
+    for about, (question, drawing, values) in GUIDES.items():
+        for value in values[:: 2 if arguments.quick else 1]:
+            name = f"{about} {value:g}"
+            if not name.startswith(arguments.only) or table.has(name, 0):
+                continue
+            scene = wanted_scene(about, value)
+            target = measure(scene)[MEASURES[about]].item()
+            asked = Question(question, guide=Overlay(drawing(scene[0], value)))
+            goal = Objective([asked, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
+            lesson = laboratory.learn(goal, SETTINGS[about], batch=BATCH)
+            before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
+            table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
+    print(summary(table.rows))
+
+
+def summary(rows: list[dict]) -> str:
+    """Markdown: a line for each guide, with the mean distance to it before and after, over all of its values."""
+    columns = "guide, targets, means after, distance before, after, less by, correlation, clean".split(", ")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for about in GUIDES:
+        found = [row for row in rows if row["row"].startswith(about)]
+        if len(found) < 2:
+            continue
+        before, after = (sum(row[when]["error"] for row in found) / len(found) for when in ("before", "after"))
+        targets, means = [row["target"] for row in found], [row["after"]["mean"] for row in found]
+        follows = torch.corrcoef(torch.tensor([targets, means]))[0, 1].item()
+        clean = sum(row["after"]["readable"] for row in found) / len(found)
+        listed = (", ".join(f"{value:.2f}" for value in values) for values in (targets, means))
+        lines.append(
+            f"| {about} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {1 - after / before:.0%} "
+            f"| {follows:.2f} | {clean:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Teach the judge drawn guides: is the horizon on the red line, do the colours match the swatches, is the line as thick
+as the red stroke. What it answered before without a guide is held.
+
+Wanted log-odds fall evenly with the distance between picture and guide, so that they lead there from anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
+
+from ..vlm.guides import (
+    HORIZON_QUESTION,
+    LINE_WEIGHT_QUESTION,
+    PALETTE_QUESTION,
+    Horizon,
+    Palette,
+    Stroke,
+    palette_of,
+)
+from ..vlm.overlay import Drawing
+from . import scenes
+from .build_judge import (
+    ASKED,
+    FULL_ODDS,
+    Pictures,
+    Prompts,
+    Texts,
+    answer_ids,
+    image_features,
+    odds_of_yes,
+)
+from .build_student import Student, half_denoised
+from .build_vae import decode_sampler, encode_sampler
+from .judge_folder import IMAGE_TOKENS, new_processor, save_judge
+from .pictures import RUINS
+from .training import Average, descend, learning_rate
+
+log = logging.getLogger(__name__)
+
+LOOK_STEPS, LOOK_RATE, STEPS, RATE, SHOWN, PLAIN = 1000, 1e-3, 3600, 5e-4, 24, 4
+POOL = 1024  # pictures that came through the generator, and as many through the autoencoder alone
+ATTACK = 1.0  # L2 distance at most, over all channels and pixels
+SWATCHES = 1024  # scenes of every palette, whose colours are made swatches of
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A guide: its question, the span of values that pictures and guides have, and the distance between them at which
+    the answer turns from Yes to No; at ``far`` it is as sure as it can be."""
+
+    question: str
+    low: float
+    high: float
+    near: float
+    far: float
+
+    def share(self, value: Tensor) -> Tensor:
+        """Where in the span a value lies, 0..1."""
+        return (value - self.low) / (self.high - self.low)
+
+    def odds(self, distance: Tensor) -> Tensor:
+        """Wanted log-odds of Yes."""
+        inside, outside = 1 - distance / self.near, -(distance - self.near) / (self.far - self.near)
+        return FULL_ODDS * torch.where(distance < self.near, inside, outside.clamp(min=-1))
+
+
+KINDS = {
+    "horizon": Kind(HORIZON_QUESTION, 0.16, 0.84, 0.06, 0.45),
+    "palette": Kind(PALETTE_QUESTION, 0.0, 1.0, 0.2, 0.9),
+    "line": Kind(LINE_WEIGHT_QUESTION, 1.0, 4.8, 0.5, 3.0),
+}
+NAMES = list(KINDS)
+ASKED_ABOUT = ("horizon", "palette", "horizon", "line")  # in turn: that a line is on another is hardest to learn
+
+
+class Swatches:
+    """Palettes of scenes; ``at`` draws one whose scene lies close to a value, 0 (cool) to 1 (warm)."""
+
+    def __init__(self, generator: torch.Generator, count: int = SWATCHES) -> None:
+        self.values = torch.linspace(0, 1, count)
+        measures = scenes.attributes(torch.rand(count, len(scenes.FACTORS), generator=generator))
+        pictures = scenes.draw(measures | {"palette": self.values})
+        counts = torch.randint(2, 6, (count,), generator=generator).tolist()
+        self.palettes = [Palette(palette_of(picture, n)) for picture, n in zip(pictures, counts, strict=True)]
+
+    def at(self, value: float) -> Palette:
+        return self.palettes[round(value * (len(self.palettes) - 1))]
+
+
+class Guided:
+    """Endless pictures with guides: scenes of any height, colour and stroke, half of them out of the generator."""
+
+    def __init__(self, pictures: Pictures, wide: tuple[dict[str, Tensor], Tensor]) -> None:
+        self.pictures, self.wide, self.generator = pictures, wide, pictures.generator
+        swatches = Swatches(self.generator)
+        self.drawings: dict[str, Callable[[float], Drawing]] = {
+            "horizon": lambda value: Horizon(1 - value), "palette": swatches.at, "line": Stroke}
+
+    def next(self, count: int = SHOWN) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(pictures [B, 3, 64, 64], drawings [B, 4, 64, 64], kinds [B], wanted log-odds [B], values [B, 6] of picture
+        and guide, as shares of their spans; NaN for guides that are not there)"""
+        g = self.generator
+        images, values = self._pictures(count)
+        kinds = torch.tensor([NAMES.index(name) for name in ASKED_ABOUT]).repeat(-(-count // len(ASKED_ABOUT)))[:count]
+        drawings, odds = [], []
+        shares = torch.full((count, 2 * len(NAMES)), torch.nan)
+        shares[:, : len(NAMES)] = torch.stack([KINDS[name].share(values[name]) for name in NAMES], 1)
+        for row, name in enumerate(NAMES[kind] for kind in kinds.tolist()):
+            kind, value = KINDS[name], values[name][row]
+            span = kind.high - kind.low
+            guide = kind.low + span * torch.rand((), generator=g)
+            if torch.rand((), generator=g) < 0.5:  # near the picture's own, where answers change
+                guide = (value + 6 * kind.near * (torch.rand((), generator=g) - 0.5)).clamp(kind.low, kind.high)
+            drawings.append(self.drawings[name](guide.item()).draw(scenes.SIDE, scenes.SIDE))
+            odds.append(kind.odds((value - guide).abs()))
+            shares[row, len(NAMES) + NAMES.index(name)] = kind.share(guide)
+        for row in range(0, count, 9):
+            images[row:row + 1] = self.pictures.pick(RUINS)(images[row:row + 1], g)
+            odds[row] = torch.tensor(-FULL_ODDS)
+            shares[row, : len(NAMES)] = torch.nan
+        self.pictures.disturb(images, 1 / 2, 1)
+        return images, torch.stack(drawings), kinds, torch.stack(odds), shares
+
+    def _pictures(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scenes [B, 3, 64, 64] and their measures: drawn, through the autoencoder, and through the generator."""
+        measures = any_measures(count, self.generator)
+        images = scenes.draw(measures)
+        ways = torch.randperm(count, generator=self.generator)
+        for rows, (known, pool) in ((ways[: count // 4], self.wide), (ways[count // 4: count * 5 // 8], self._pool())):
+            chosen = torch.randint(0, len(pool), (len(rows),), generator=self.generator)
+            images[rows] = pool[chosen]
+            for name in NAMES:
+                measures[name][rows] = known[name][chosen]
+        return images, measures
+
+    def _pool(self) -> tuple[dict[str, Tensor], Tensor]:
+        factors, images = self.pictures.pool
+        return scenes.attributes(factors), images
+
+
+def any_measures(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Measures of scenes (see `scenes.attributes`) that fill the spans of guides evenly."""
+    measures = scenes.attributes(torch.rand(count, len(scenes.FACTORS), generator=generator))
+    for name, kind in KINDS.items():
+        measures[name] = kind.low + (kind.high - kind.low) * torch.rand(count, generator=generator)
+    measures["horizon_line"] = measures["line"]
+    measures["sun_y"] = 0.1 + 0.8 * torch.rand(count, generator=generator)
+    return measures
+
+
+def through(vae: nn.Module, count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """Measures of any scenes, and the scenes after encoding and decoding [N, 3, 64, 64]."""
+    measures = any_measures(count, generator)
+    with torch.no_grad():
+        parts = [decode_sampler(vae, encode_sampler(vae, part)).float() for part in scenes.draw(measures).split(64)]
+    return measures, torch.cat(parts)
+
+
+def under(images: Tensor, drawings: Tensor) -> Tensor:
+    """Pictures [B, 3, 64, 64] with drawings [B, 4, 64, 64] over them."""
+    return images * (1 - drawings[:, 3:]) + drawings[:, :3]
+
+
+def teach_guides(first: Path, folder: Path, student: Path, vae: nn.Module, less: int = 1,
+                 pool: int = POOL) -> dict[str, float]:
+    """Go on with the judge in ``first``, on a CPU; writes it to ``folder``.
+
+    Args:
+        student: folder of the student, which a part of the pictures come through.
+        less: how many times fewer steps are taken.
+        pool: number of pictures that are made with it.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(19)
+    start = time.time()
+    pictures = Pictures(19, "cpu", half_denoised(Student(student, "cpu"), vae, pool, seed=14))
+    guided = Guided(pictures, through(vae, pool, pictures.generator))
+    before, model = (AutoModelForImageTextToText.from_pretrained(first, dtype=torch.float32) for _ in range(2))
+    before.requires_grad_(False)
+    processor = new_processor()
+    learn_to_look(model, before, guided, LOOK_STEPS // less)
+    learn_to_compare(model, before, processor, guided, STEPS // less).copy_to(model)
+    save_judge(model, processor, folder)
+    return {"seconds": time.time() - start}
+
+
+def learn_to_look(model: nn.Module, before: nn.Module, guided: Guided, steps: int) -> None:
+    """Teach the vision tower to measure pictures and guides, read out by a linear layer that is then thrown away; what
+    it makes of pictures without guides is held.
+
+    Whether two measures agree is hard to learn from answers alone, for someone who cannot see them yet.
+    """
+    head = nn.Linear(model.config.text_config.hidden_size * IMAGE_TOKENS, 2 * len(NAMES))
+    parameters = [*model.model.vision_model.parameters(), *model.model.connector.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(steps):
+        images, drawings, _, _, shares = guided.next(SHOWN + PLAIN)
+        plain, _, _ = guided.pictures.next(PLAIN)
+        with torch.no_grad():
+            held = features(before, plain)
+        kept = (features(model, plain) - held).square().mean() / held.square().mean()
+        known = ~shares.isnan()
+        read = head(features(model, under(images, drawings)).flatten(1))
+        error = (read - shares.nan_to_num()).square().mul(known).sum(0) / known.sum(0)
+        descend(error.sum() + kept, parameters, optimiser, learning_rate(step, steps, LOOK_RATE))
+        if step % 50 == 0:
+            errors = [round(e, 3) for e in error.sqrt().tolist()]
+            log.info("look %d/%d errors %s kept %.3f", step, steps, errors, kept.item())
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the language model is given of pictures [B, 3, 64, 64], [B, 16, width]."""
+    return torch.stack(list(image_features(model, images)))
+
+
+def learn_to_compare(model: nn.Module, before: nn.Module, processor: Any, guided: Guided, steps: int) -> Average:
+    """Train the whole model on questions with and without guides; returns the average of its weights."""
+    ids, pictures = answer_ids(processor), guided.pictures
+    plain, texts = Prompts(processor, "cpu"), Texts(processor, [kind.question for kind in KINDS.values()], "cpu")
+
+    def judged(images: Tensor, drawings: Tensor, kinds: Tensor) -> Tensor:
+        return odds_of_yes(model, texts, ids, under(images, drawings), kinds[:, None])[:, 0]
+
+    parameters, average, recent = list(model.parameters()), Average(model, 0.995), []
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(steps):
+        known, _, _ = pictures.next(PLAIN)
+        weights = plain.weights(1.0)
+        asked = torch.multinomial(weights, PLAIN * ASKED, True, generator=pictures.generator).view(PLAIN, ASKED)
+        images, drawings, kinds, wanted, _ = guided.next()
+        if step > steps // 2 and step % 4 == 3:
+            images = attacked(images, lambda some, rows: fault(judged(some, drawings[rows], kinds[rows]),
+                                                               wanted[rows]), pictures.generator)
+        with torch.no_grad():
+            held = odds_of_yes(before, plain, ids, known, asked)
+        kept = smooth_l1_loss(odds_of_yes(model, plain, ids, known, asked), held)
+        odds = judged(images, drawings, kinds)
+        taught = fault(odds, wanted)
+        descend(taught + 0.5 * kept, parameters, optimiser, learning_rate(step, steps, RATE))
+        average.update(model)
+        recent.append((odds.detach(), wanted, kinds))
+        if step % 50 == 49:
+            log.info("guides %d/%d taught %.3f kept %.3f %s", step + 1, steps, taught.item(), kept.item(),
+                     correlations(*map(torch.cat, zip(*recent, strict=True))))
+            recent.clear()
+    return average
+
+
+def fault(odds: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy against the graded answer, and the distance between log-odds, which slopes everywhere."""
+    return binary_cross_entropy_with_logits(odds, torch.sigmoid(wanted)) + 0.3 * smooth_l1_loss(odds, wanted)
+
+
+def attacked(images: Tensor, loss: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """The pictures, half of them moved where ``loss`` (of pictures and their rows) grows most, see
+    `build_judge.attacked`."""
+    rows = torch.randperm(len(images), generator=generator)[: len(images) // 2]
+    moved = images[rows].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(moved, rows), moved)
+    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator)
+    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+    images = images.clone()
+    images[rows] = (images[rows] + step).clamp(0, 1)
+    return images
+
+
+def correlations(odds: Tensor, wanted: Tensor, kinds: Tensor) -> dict[str, float]:
+    """Of each kind, between the log-odds of a judge and those wanted."""
+    return {name: round(torch.corrcoef(torch.stack((odds[kinds == i], wanted[kinds == i])))[0, 1].item(), 2)
+            for i, name in enumerate(NAMES)}
