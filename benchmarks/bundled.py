@@ -52,7 +52,6 @@ class Laboratory:
         import comfy.sd
 
         from dual_process.tiny.text_encoder import load_tiny_clip
-        from dual_process.trainers.comfy_memory import ManagedJudge
 
         bundled = PACK / "tiny" / "models"
         file = checkpoint or bundled / "dual_process_tiny.safetensors"
@@ -62,7 +61,14 @@ class Laboratory:
             )[:3]
             if checkpoint is None:
                 self.clip = load_tiny_clip(bundled / "dual_process_tiny_text_encoder.safetensors")
-        self.judge = ManagedJudge(load_judge(judge, dtype=torch.float32 if checkpoint is None else None))
+        self.dtype = torch.float32 if checkpoint is None else None
+        self.ask(judge)
+
+    def ask(self, folder: Path) -> None:
+        """Let the judge in this folder judge from now on."""
+        from dual_process.trainers.comfy_memory import ManagedJudge
+
+        self.judge = ManagedJudge(load_judge(folder, dtype=self.dtype))
 
     def student(
         self,

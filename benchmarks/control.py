@@ -2,33 +2,30 @@
 
 `python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
 property both ways (the first seed's LoRAs are also drawn at strengths from -1 to 2), two properties at once and as two
-LoRAs, ten times the steps at five times the rate, the published recipe, and every guard taken away, one at a time. Rows
-that are in FILE already are not taught again, so a stopped run goes on where it was; pictures and LoRAs lie beside it.
-Ends with the table of the README.
+LoRAs, ten times the steps at five times the rate, the published recipe, every guard taken away, one at a time, and
+several values of guides (guided.py). Rows that are in FILE already are not taught again, so a stopped run goes on where
+it was; pictures and LoRAs lie beside it. Ends with the tables of the README.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
-from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, measured, save_sheet, share
-from dual_process.tiny.oracles import holds, measure
+from dual_process.benchmarks import guided
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table
+from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
-from dual_process.trainers.guards import largest_fault
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
 
-PROPERTIES = ("horizon", "palette", "line", "depth")
 SLID = [f"{about} Yes" for about in PROPERTIES]
 EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
 GUARDS = ("luminance", "saturation", "edge_density", "colour_entropy")
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-MEASURES = {"horizon": "horizon", "palette": "warmth", "line": "line", "depth": "depth"}  # of the oracle
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
 PUBLISHED = Settings(
@@ -46,45 +43,6 @@ WITHOUT = {
     "learning at any step": {"learn_at": ANY_STEP},
     "with crops and contrast": {"augment": 1.0},
 }
-
-
-class Table:
-    """Rows in a JSON file, written one by one; their pictures beside it."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.rows = json.loads(file.read_text()) if file.exists() else []
-
-    def has(self, name: str, seed: int) -> bool:
-        return any((row["row"], row["seed"]) == (name, seed) for row in self.rows)
-
-    def lora(self, name: str, seed: int) -> Path:
-        """Where the LoRA of a row lies."""
-        return self.file.with_name(f"{self.file.stem}_{name.replace(' ', '_')}_{seed}.safetensors")
-
-    def add(self, name: str, seed: int, lesson: Lesson, goals: dict[str, str], more: dict | None = None) -> None:
-        """Measure a lesson and write it down, with what ``more`` is known."""
-        run = lesson.run
-        row = {"row": name, "seed": seed, "steps": len(run.loss), "stopped": run.stopped}
-        row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores if run.checks else None}
-        row |= {"drift": max((largest_fault(check.changes) for check in run.checks if check.changes), default=None)}
-        for about, answer in goals.items():
-            row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
-        row["others"] = {"before": others(lesson.before), "after": others(lesson.after)}
-        self.rows.append(row | (more or {}))
-        self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
-        if lesson.lora:
-            save_file(lesson.lora, self.lora(name, seed))
-        save_sheet(lesson.after, self.file, f"{name} {seed}")
-        print(json.dumps(row), flush=True)
-
-
-def others(pictures: Tensor) -> dict[str, float]:
-    """Share of the clean pictures that have each property, and a sun, which no question is about."""
-    found = measure(pictures)
-    clean = found["readable"]
-    shares = {about: share(holds(pictures, about)[clean]) for about in PROPERTIES}
-    return {**shares, "sun": share(found["sun"][clean])}
 
 
 def main() -> None:
@@ -119,17 +77,21 @@ def main() -> None:
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for about, answer in HARDER:
             teach(f"{name}, {about} {answer}", {about: answer}, replace(TEMPLATES[about], **settings), **choices)
-    print(summary(table.rows))
+    guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
+    print(f"{summary(table.rows)}\n\n{guided.summary(table.rows)}")
 
 
 def summary(rows: list[dict]) -> str:
     """Markdown: one line per row's name, mean over training seeds and the worst of them; guards are the largest change
-    of luminance, saturation, edges, colour entropy of any seed, drift is the largest of any look, where it is known."""
+    of luminance, saturation, edges, colour entropy of any seed, drift is the largest of any look, where it is known.
+    Rows of guides have a table of their own."""
     columns = "taught, has it, worst seed, clean, largest guard change, diversity, drift of looks, steps".split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
         found = [value for row in seeds for value in row.values() if isinstance(value, dict) and "oracle" in value]
+        if not found:
+            continue
         oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
         largest = max((abs(one["changes"][guard]), guard) for one in found for guard in GUARDS)
         diversity = min(one["changes"]["diversity"] for one in found)

@@ -1,23 +1,19 @@
 """How closely pictures follow a guide that is drawn over them for the judge, said by functions that measure pixels.
 
-`python3 dev.py bench guided --json FILE [--quick]` teaches the bundled student with the question of each guide and one
-LoRA for every value of it, on seeds it is not measured on, as the templates do but with batches of 8. The judge is the
-bundled one that reads guides. Rows that are in FILE already are not taught again; pictures and LoRAs lie beside it.
-Ends with the table of the README.
+A part of `python3 dev.py bench control`: the bundled student is taught with the question of each guide, one LoRA for
+every value of it, as the templates do but with batches of 8. The judge is the bundled one that reads guides.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, share
-from dual_process.benchmarks.control import MEASURES, Table
+from dual_process.benchmarks.table import MEASURES, Table
 from dual_process.demo.comfyui import PACK
 from dual_process.tiny import scenes
 from dual_process.tiny.oracles import measure
@@ -66,18 +62,15 @@ def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="rows are added to this file")
-    parser.add_argument("--quick", action="store_true", help="three values of each guide instead of five")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
-    arguments = parser.parse_args()
-    table, laboratory = Table(arguments.json), Laboratory(judge=PACK / "tiny" / "judge_of_guides")
+def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool = False) -> None:
+    """Add a row for every value of every guide that is not there yet; ``only``: whose name begins so, ``seldom``: three
+    of the five values."""
     for about, (question, drawing, values) in GUIDES.items():
-        for value in values[:: 2 if arguments.quick else 1]:
-            name = f"{about} {value:g}"
-            if not name.startswith(arguments.only) or table.has(name, 0):
+        for value in values[:: 2 if seldom else 1]:
+            name = f"guide, {about} {value:g}"
+            if not name.startswith(only) or table.has(name, 0):
                 continue
+            laboratory.ask(PACK / "tiny" / "judge_of_guides")
             scene = wanted_scene(about, value)
             target = measure(scene)[MEASURES[about]].item()
             asked = Question(question, guide=Overlay(drawing(scene[0], value)))
@@ -85,7 +78,6 @@ def main() -> None:
             lesson = laboratory.learn(goal, SETTINGS[about], batch=BATCH)
             before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
             table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
-    print(summary(table.rows))
 
 
 def summary(rows: list[dict]) -> str:
@@ -93,7 +85,7 @@ def summary(rows: list[dict]) -> str:
     columns = "guide, targets, means after, distance before, after, less by, correlation, clean".split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for about in GUIDES:
-        found = [row for row in rows if row["row"].startswith(about)]
+        found = [row for row in rows if row["row"].startswith(f"guide, {about} ")]
         if len(found) < 2:
             continue
         before, after = (sum(row[when]["error"] for row in found) / len(found) for when in ("before", "after"))
@@ -106,7 +98,3 @@ def summary(rows: list[dict]) -> str:
             f"| {follows:.2f} | {clean:.1%} |"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -213,7 +213,7 @@ def test_rows_without_a_look_or_from_an_earlier_file_are_summed_up():
 
 
 def test_what_else_moved_is_counted_among_the_clean_pictures():
-    from dual_process.benchmarks.control import others
+    from dual_process.benchmarks.table import others
     from dual_process.tiny import scenes
 
     measures = scenes.attributes(torch.full((4, 8), 0.9))
@@ -242,11 +242,13 @@ def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
 
 
 def test_guides_are_summed_up_over_their_values():
+    from dual_process.benchmarks import control
     from dual_process.benchmarks.guided import summary
 
     rows = [
-        {"row": f"horizon {target}", "target": target, "before": {"error": 0.2}}
+        {"row": f"guide, horizon {target}", "target": target, "before": {"error": 0.2}}
         | {"after": {"error": 0.05, "mean": target + 0.05, "readable": 1.0}}
         for target in (0.3, 0.5, 0.7)
     ]
     assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% |")
+    assert len(control.summary(rows).splitlines()) == 2, "these are no rows of its table"
