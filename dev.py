@@ -201,11 +201,11 @@ def prepare() -> tuple[Environment, Path]:
 
 def benchmark_script(name: str) -> str:
     """Path of a benchmark by name; stops with the list of names when there is none."""
-    script = ROOT / "benchmarks" / f"{name}.py"
-    if not script.is_file():
-        known = sorted(path.stem for path in script.parent.glob("[a-z]*.py"))
-        fail(f"there is no benchmark '{name}'; the names are: {', '.join(known)}.")
-    return str(script)
+    scripts = (ROOT / "benchmarks").glob("[a-z]*.py")
+    known = {path.stem: path for path in scripts if "\ndef main(" in path.read_text(encoding="utf-8")}
+    if name not in known:
+        fail(f"there is no benchmark '{name}'; the names are: {', '.join(sorted(known))}.")
+    return str(known[name])
 
 
 def command_line(arguments: argparse.Namespace, rest: list[str]) -> list[str]:

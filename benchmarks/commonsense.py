@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dual_process.benchmarks.bundled import BATCH, TEMPLATE, Laboratory, Lesson, save_sheet, share
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, save_sheet, share
 from dual_process.tiny.oracles import holds
 from dual_process.tiny.questions import KEEP_QUESTION
 from dual_process.tiny.scenes import SIDE
@@ -45,13 +45,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="as Load Checkpoint takes it; the bundled student if left out")
     parser.add_argument("--judge", type=Path, help="folder of the judge that teaches")
     parser.add_argument("--second-judge", type=Path, help="folder of a judge that only scores")
-    parser.add_argument("--keep", default=KEEP_QUESTION, help="question whose Yes has to stay; empty for none")
-    parser.add_argument("--side", type=int, default=SIDE, help="px a side")
+    parser.add_argument("--keep", help="question whose Yes has to stay; empty for none")
+    parser.add_argument("--side", type=int, help="px a side")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--sampler-steps", type=int, default=4)
     parser.add_argument("--steps", type=int, default=TEMPLATE.steps)
-    parser.add_argument("--learning-rate", type=float, default=TEMPLATE.learning_rate)
-    return parser.parse_args()
+    parser.add_argument("--learning-rate", type=float)
+    arguments = parser.parse_args()
+    for name, bundled in {"keep": KEEP_QUESTION, "side": SIDE, "learning_rate": TEMPLATE.learning_rate}.items():
+        if getattr(arguments, name) is None and arguments.checkpoint:
+            parser.error(f"--checkpoint needs --{name.replace('_', '-')}: that of the bundled models will not suit it")
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, bundled)
+    return arguments
 
 
 def main() -> None:
@@ -60,7 +66,6 @@ def main() -> None:
     judges = {"judge": laboratory.judge.judge}
     if arguments.second_judge:
         judges["second judge"] = load_judge(arguments.second_judge)
-    settings = replace(TEMPLATE, steps=arguments.steps, learning_rate=arguments.learning_rate)
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
     done = {(result["prompt"], result["question"]) for result in results}
     how = {name: getattr(arguments, name) for name in ("side", "batch", "sampler_steps")}
@@ -69,6 +74,8 @@ def main() -> None:
             continue
         asked = Question(row["question"], row["answer"])
         kept = [Question(arguments.keep, keep=True)] if arguments.keep else []
+        template = TEMPLATES.get(row.get("property"), TEMPLATE)
+        settings = replace(template, steps=arguments.steps, learning_rate=arguments.learning_rate)
         lesson = laboratory.learn(Objective([asked, *kept]), settings, HELD_OUT, prompts=[row["prompt"]], **how)
         explicit = laboratory.draw(count=HELD_OUT, prompts=[row["explicit"]], **how)
         pictures = dict(zip(WAYS, (lesson.before, explicit, lesson.after)))

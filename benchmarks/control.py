@@ -4,7 +4,7 @@
 property both ways (the first seed's LoRAs are also drawn at strengths from -1 to 2), two properties at once and as two
 LoRAs, ten times the steps at five times the rate, the published recipe, every guard taken away, one at a time, and
 several values of guides (guided.py). Rows that are in FILE already are not taught again, so a stopped run goes on where
-it was; pictures and LoRAs lie beside it. Ends with the tables of the README.
+it was; pictures and LoRAs lie beside it. Ends with tables of all rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ WITHOUT = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="rows are added to this file")
-    parser.add_argument("--quick", action="store_true", help="one training seed instead of three")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one training seed instead of three, three values of a guide instead of five",
+    )
     parser.add_argument("--only", default="", help="rows whose name begins so")
     arguments = parser.parse_args()
     table, laboratory = Table(arguments.json), Laboratory()
@@ -117,7 +121,12 @@ def slider(laboratory: Laboratory, lesson: Lesson, about: str) -> dict:
 
 def stacked(laboratory: Laboratory, table: Table, seed: int) -> Lesson:
     """The LoRAs of two properties that were taught alone, both on one model."""
-    loras = [load_file(table.lora(f"{about} {answer}", seed)) for about, answer in PAIR.items()]
+    files = [table.lora(f"{about} {answer}", seed) for about, answer in PAIR.items()]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise SystemExit(
+            f"'two stacked' needs {', '.join(missing)} beside {table.file}: teach those rows into that file."
+        )
+    loras = [load_file(file) for file in files]
     return Lesson(Run(), {}, laboratory.draw(), laboratory.draw(loras), 0.0)
 
 

@@ -52,9 +52,12 @@ def wanted_scene(about: str, value: float) -> Tensor:
 
 
 def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
-    """How far clean pictures [N, 3, H, W] are from the target, as a mean; their mean; share that is clean."""
+    """How far clean pictures [N, 3, H, W] are from the target, as a mean; their mean; share that is clean. Where none
+    is, nothing but that."""
     found = measure(pictures)
     values = found[MEASURES[about]][found["readable"]]
+    if not len(values):
+        return {"readable": 0.0}
     return {
         "error": (values - target).abs().mean().item(),
         "mean": values.mean().item(),
@@ -81,11 +84,12 @@ def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool
 
 
 def summary(rows: list[dict]) -> str:
-    """Markdown: a line for each guide, with the mean distance to it before and after, over all of its values."""
+    """Markdown: a line for each guide, with the mean distance to it before and after, over all of its values at which a
+    picture stayed clean."""
     columns = "guide, targets, means after, distance before, after, less by, correlation, clean".split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for about in GUIDES:
-        found = [row for row in rows if row["row"].startswith(f"guide, {about} ")]
+        found = [row for row in rows if row["row"].startswith(f"guide, {about} ") and "error" in row["after"]]
         if len(found) < 2:
             continue
         before, after = (sum(row[when]["error"] for row in found) / len(found) for when in ("before", "after"))

@@ -48,8 +48,11 @@ class Table:
 
 
 def others(pictures: Tensor) -> dict[str, float]:
-    """Share of the clean pictures that have each property, and a sun, which no question is about."""
+    """Share of the clean pictures that have each property, and a sun, which no question is about; empty if none is
+    clean."""
     found = measure(pictures)
     clean = found["readable"]
+    if not clean.any():
+        return {}
     shares = {about: share(holds(pictures, about)[clean]) for about in PROPERTIES}
     return {**shares, "sun": share(found["sun"][clean])}

@@ -149,7 +149,7 @@ TINY_GUIDED_LESSONS = [
         KEEP_QUESTION,
         guide="DualProcessHorizonGuide",
         guide_values={"height": 0.6},
-        try_this="Move the line with *height*, from 0.2 to 0.8; connect *drawing* to *Preview Image* to see it.",
+        try_this="Move the line with *height*, from 0.2 to 0.8; *Seen by the Judge* shows what it looks like at 64 px.",
         training=FOLLOWING,
         holds={"horizon": "Yes"},
     ),

@@ -183,11 +183,11 @@ def training_note(lesson: Lesson, models: Models) -> str:
             f"{models.knows}\n"
         )
     tiny = "There is no tiny version: the tiny models know neither cups nor comparisons.\n"
-    differs = "differs in the loaders, the picture size, the trainer's steps, learning rate and rank"
+    differs = "differs in the loaders, the picture size and number, the prompt, and the trainer's settings"
     if lesson.name + WITH_A_GUIDE in {other.name for other in TINY_GUIDED_LESSONS}:
         tiny = f"The tiny version, *{lesson.name}{WITH_A_GUIDE}*, {differs}.\n"
     elif lesson.name in {other.name for other in TINY_LESSONS}:
-        tiny = f"The tiny version {differs}, and asks plain questions: its judge does not know this guide.\n"
+        tiny = f"The tiny version {differs}, and asks other, plain questions: its judge does not know this guide.\n"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
         "3. Press **Run**; compare **Before** and **After**.\n"

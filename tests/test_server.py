@@ -92,7 +92,8 @@ def with_tiny_loaders(graph):
         if node["class_type"] == "CheckpointLoaderSimple":
             node["inputs"]["ckpt_name"] = "dual_process_tiny.safetensors"
         elif node["class_type"] == "DualProcessJudgeLoader":
-            node["inputs"]["judge"] = "tiny judge (bundled)"
+            if "(bundled)" not in node["inputs"]["judge"]:
+                node["inputs"]["judge"] = "tiny judge (bundled)"
         elif node["class_type"] == "CLIPTextEncode":
             node["inputs"]["clip"] = ["tiny", 0]
     return graph

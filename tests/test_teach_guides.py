@@ -47,13 +47,15 @@ def test_the_answer_turns_at_the_kinds_distance_and_slopes_all_the_way(kind):
 
 
 def test_guides_are_drawn_where_the_share_says_and_the_odds_follow(guided):
-    for _ in range(3):
+    ruined = set()
+    for _ in range(12):
         images, drawings, kinds, odds, shares = guided.next()
         assert images.shape == (SHOWN, 3, 64, 64) and drawings.shape == (SHOWN, 4, 64, 64)
         for row, name in enumerate(NAMES[kind] for kind in kinds.tolist()):
             own, guide = shares[row, NAMES.index(name)], shares[row, len(NAMES) + NAMES.index(name)]
             if own.isnan():
-                assert odds[row] < -5, "a ruin"
+                assert odds[row] < -5
+                ruined.add(name)
             else:
                 kind = KINDS[name]
                 wanted = kind.odds((own - guide).abs() * (kind.high - kind.low))
@@ -61,6 +63,7 @@ def test_guides_are_drawn_where_the_share_says_and_the_odds_follow(guided):
             if name == "horizon":
                 line = drawings[row, 3].mean(1).argmax().item() / 64
                 assert line == pytest.approx((0.16 + 0.68 * guide).item(), abs=0.02)
+    assert ruined == set(NAMES), "No to ruins, whatever is asked"
 
 
 def test_scenes_have_the_measures_that_are_told(guided):
@@ -97,7 +100,7 @@ def test_the_bundled_judge_is_surest_where_the_guide_is_met(guided, name):
     if name == "line":
         measures["horizon_line"] = values
     pictures = scenes.draw(measures)
-    for guide in values[3:-3:2]:
+    for guide in values[1:-1:2]:
         drawing = guided.drawings[name](guide.item()).draw(64, 64).expand(len(values), -1, -1, -1)
         odds = odds_of_yes(model, texts, ids, under(pictures, drawing), torch.zeros(len(values), 1, dtype=torch.long))
         wanted = kind.odds((values - guide).abs())
@@ -111,4 +114,4 @@ def test_the_bundled_judge_of_guides_answers_other_questions_as_the_other_one(gu
     asked = Prompts(processor, "cpu"), answer_ids(processor)
     images = scenes.render(torch.rand(64, len(scenes.FACTORS), generator=torch.Generator().manual_seed(9)))
     both = [main_odds(load(name), *asked, images) > 0 for name in ("judge", "judge_of_guides")]
-    assert (both[0] == both[1]).float().mean(0).min() >= 0.95
+    assert (both[0] == both[1]).float().mean(0).min() >= 0.98

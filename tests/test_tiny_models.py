@@ -38,7 +38,7 @@ def draw(student, prompt, steps=4, count=COUNT, seed=0, **part):
 
 
 def test_all_files_together_are_small():
-    files = [CHECKPOINT, TEXT_ENCODER, *(TINY / "judge").iterdir()]
+    files = [CHECKPOINT, TEXT_ENCODER, *(TINY / "judge").iterdir(), *(TINY / "judge_of_guides").iterdir()]
     assert sum(file.stat().st_size for file in files) <= 24e6
     assert not [file.name for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 

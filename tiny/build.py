@@ -91,7 +91,7 @@ def main() -> None:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
     parser.add_argument("--quick", action="store_true", help="a fiftieth of the training, to try the code")
-    parser.add_argument("--out", type=Path, default=HERE, help="where models/ and judge/ are written")
+    parser.add_argument("--out", type=Path, default=HERE, help="where models/, judge/ and judge_of_guides/ are written")
     parser.add_argument("--work", type=Path, help="folder for the stages' files, kept (default: OUT/build)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

@@ -123,7 +123,7 @@ class Guided:
             drawings.append(self.drawings[name](guide.item()).draw(scenes.SIDE, scenes.SIDE))
             odds.append(kind.odds((value - guide).abs()))
             shares[row, len(NAMES) + NAMES.index(name)] = kind.share(guide)
-        for row in range(0, count, 9):
+        for row in torch.randperm(count, generator=g)[: count // 8].tolist():
             images[row:row + 1] = self.pictures.pick(RUINS)(images[row:row + 1], g)
             odds[row] = torch.tensor(-FULL_ODDS)
             shares[row, : len(NAMES)] = torch.nan
@@ -190,7 +190,7 @@ def teach_guides(first: Path, folder: Path, student: Path, vae: nn.Module, less:
     processor = new_processor()
     learn_to_look(model, before, guided, LOOK_STEPS // less)
     learn_to_compare(model, before, processor, guided, STEPS // less).copy_to(model)
-    save_judge(model, processor, folder)
+    save_judge(model.half(), processor, folder)
     return {"seconds": time.time() - start}
 
 

@@ -165,7 +165,7 @@ def train(
             elif looks.enough_hold():
                 run.stopped = f"held at step {step}"
                 break
-            elif run.settled is None and looks.holds(run.checks[-1]):
+            elif run.settled is None and step < settings.steps and looks.holds(run.checks[-1]):
                 run.settled = step
                 optimizer.param_groups[0]["lr"] = rate()
     looks.end()

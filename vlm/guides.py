@@ -131,9 +131,10 @@ class Points:
         """See ``overlay.Drawing``."""
         sheet = _Sheet(height, width)
         radius = max(SMALLEST_DOT, DOT * min(height, width))
+        rim = radius / 5
         for letter, (x, y) in (("A", self.a), ("B", self.b)):
             x, y = x * width, y * height
-            for size, colour in ((radius, WHITE), (radius - sheet.line, RED)):
+            for size, colour in ((radius, WHITE), (radius - rim, RED)):
                 sheet.pen.ellipse(sheet.box(x - size, y - size, x + size, y + size), fill=colour)
             sheet.write(letter, x, y, 1.3 * radius, WHITE)
         return sheet.drawing()
