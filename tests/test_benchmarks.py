@@ -222,6 +222,38 @@ def test_what_else_moved_is_counted_among_the_clean_pictures():
     assert others(pictures) == {"horizon": 1.0, "palette": 0.5, "line": 1.0, "depth": 1.0, "sun": 0.25}
 
 
+def test_where_no_picture_is_clean_nothing_is_said_of_them():
+    from dual_process.benchmarks.guided import followed, summary
+    from dual_process.benchmarks.table import others
+
+    black = torch.zeros(2, 3, 64, 64)
+    assert others(black) == {} and followed(black, "line", 2.0) == {"readable": 0.0}
+    rows = [{"row": f"guide, line {n}", "target": n, "before": {}, "after": followed(black, "line", n)} for n in (1, 2)]
+    assert len(summary(rows).splitlines()) == 2
+
+
+def test_stacking_needs_the_loras_of_the_rows(tmp_path):
+    from dual_process.benchmarks.control import stacked
+    from dual_process.benchmarks.table import Table
+
+    with pytest.raises(SystemExit, match="needs control_horizon_Yes_1.safetensors, control_palette_No_1.safetensors"):
+        stacked(None, Table(tmp_path / "control.json"), 1)
+
+
+def test_a_real_checkpoint_is_not_asked_about_two_balls(monkeypatch, capsys):
+    from dual_process.benchmarks import commonsense
+    from dual_process.tiny.questions import KEEP_QUESTION
+
+    monkeypatch.setattr(sys, "argv", ["commonsense", "--json", "x.json"])
+    assert commonsense.parse_arguments().keep == KEEP_QUESTION
+    sys.argv += ["--checkpoint", "flux.safetensors"]
+    with pytest.raises(SystemExit):
+        commonsense.parse_arguments()
+    assert "--checkpoint needs --keep" in capsys.readouterr().err
+    sys.argv += ["--keep", "", "--side", "512", "--learning-rate", "1e-4"]
+    assert commonsense.parse_arguments().keep == ""
+
+
 def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
     from dual_process.benchmarks.guided import GUIDES, followed, wanted_scene
     from dual_process.tiny.oracles import measure
