@@ -80,7 +80,8 @@ def build(out: Path, work: Path, device: str, quick: bool) -> dict:
         shutil.copytree(work / judge, out / judge, dirs_exist_ok=True)
     pictures = PER_CASE // less
     stages.run("check_student", lambda: check_student(work, vae, device, pictures))
-    stages.run("check_judge", lambda: check_judge(out / "judge", work, vae, device, pictures))
+    for judge in ("judge", "judge_of_guides"):
+        stages.run(f"check_{judge}", lambda: check_judge(out / judge, work, vae, device, pictures))
     report = {"device": device, "torch": torch.__version__, **stages.reports}
     (out / "models" / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
