@@ -53,10 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float)
     arguments = parser.parse_args()
     for name, bundled in {"keep": KEEP_QUESTION, "side": SIDE, "learning_rate": TEMPLATE.learning_rate}.items():
-        if getattr(arguments, name) is None and arguments.checkpoint:
+        if getattr(arguments, name) is not None:
+            continue
+        if arguments.checkpoint:
             parser.error(f"--checkpoint needs --{name.replace('_', '-')}: that of the bundled models will not suit it")
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, bundled)
+        setattr(arguments, name, bundled)
     return arguments
 
 

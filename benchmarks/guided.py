@@ -15,32 +15,26 @@ from torch import Tensor
 from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, share
 from dual_process.benchmarks.table import MEASURES, Table
 from dual_process.demo.comfyui import PACK
+from dual_process.demo.lessons import FOLLOWING
 from dual_process.tiny import scenes
 from dual_process.tiny.oracles import measure
 from dual_process.tiny.questions import KEEP_QUESTION
+from dual_process.tiny.teach_guides import KINDS
 from dual_process.trainers.objective import MARGIN, Objective
-from dual_process.vlm.guides import (
-    HORIZON_QUESTION,
-    LINE_WEIGHT_QUESTION,
-    PALETTE_QUESTION,
-    Horizon,
-    Palette,
-    Stroke,
-    palette_of,
-)
+from dual_process.vlm.guides import Horizon, Palette, Stroke, palette_of
 from dual_process.vlm.overlay import Drawing, Overlay
 from dual_process.vlm.question import Question
 
 SWATCHES, BATCH = 3, 8
-# property -> question, what is drawn (of a scene that has the wanted value, and the value), values
-GUIDES: dict[str, tuple[str, Callable[[Tensor, float], Drawing], tuple[float, ...]]] = {
-    "horizon": (HORIZON_QUESTION, lambda scene, value: Horizon(1 - value), (0.3, 0.4, 0.5, 0.6, 0.7)),
-    "palette": (PALETTE_QUESTION, lambda scene, value: Palette(palette_of(scene, SWATCHES)), (0.1, 0.3, 0.5, 0.7, 0.9)),
-    "line": (LINE_WEIGHT_QUESTION, lambda scene, value: Stroke(value), (1.5, 2.0, 2.5, 3.0, 3.5)),
+# property -> what is drawn (of a scene that has the wanted value, and the value), values
+GUIDES: dict[str, tuple[Callable[[Tensor, float], Drawing], tuple[float, ...]]] = {
+    "horizon": (lambda scene, value: Horizon(1 - value), (0.3, 0.4, 0.5, 0.6, 0.7)),
+    "palette": (lambda scene, value: Palette(palette_of(scene, SWATCHES)), (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "line": (lambda scene, value: Stroke(value), (1.5, 2.0, 2.5, 3.0, 3.5)),
 }
-# The judge is not as sure about guides as about plain questions, and one wanted height makes pictures alike by itself.
-TARGET = 0.9
-SETTINGS = {about: replace(TEMPLATES[about], held=0.85, drift_limit=0.5) for about in GUIDES}
+TARGET = FOLLOWING["target"]
+FOLLOWED = {"held": FOLLOWING["stop_at"], "drift_limit": FOLLOWING["drift_limit"]}
+SETTINGS = {about: replace(TEMPLATES[about], **FOLLOWED) for about in GUIDES}
 
 
 def wanted_scene(about: str, value: float) -> Tensor:
@@ -68,15 +62,15 @@ def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
 def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool = False) -> None:
     """Add a row for every value of every guide that is not there yet; ``only``: whose name begins so, ``seldom``: three
     of the five values."""
-    for about, (question, drawing, values) in GUIDES.items():
+    laboratory.ask(PACK / "tiny" / "judge_of_guides")
+    for about, (drawing, values) in GUIDES.items():
         for value in values[:: 2 if seldom else 1]:
             name = f"guide, {about} {value:g}"
             if not name.startswith(only) or table.has(name, 0):
                 continue
-            laboratory.ask(PACK / "tiny" / "judge_of_guides")
             scene = wanted_scene(about, value)
             target = measure(scene)[MEASURES[about]].item()
-            asked = Question(question, guide=Overlay(drawing(scene[0], value)))
+            asked = Question(KINDS[about].question, guide=Overlay(drawing(scene[0], value)))
             goal = Objective([asked, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
             lesson = laboratory.learn(goal, SETTINGS[about], batch=BATCH)
             before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))

@@ -258,7 +258,7 @@ def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
     from dual_process.benchmarks.guided import GUIDES, followed, wanted_scene
     from dual_process.tiny.oracles import measure
 
-    for about, (_, drawing, values) in GUIDES.items():
+    for about, (drawing, values) in GUIDES.items():
         found = [measure(wanted_scene(about, value)) for value in values]
         assert all(one["readable"] for one in found)
         drawn = [drawing(wanted_scene(about, value)[0], value).draw(64, 64) for value in values]

@@ -81,7 +81,7 @@ def test_looking_and_comparing_train_what_they_shall(guided):
     old = dict(before.named_parameters())
     moved = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, old[name])}
     assert moved == {"vision_model", "connector"}
-    average = learn_to_compare(model, before, new_processor(), guided, 2)
+    average = learn_to_compare(model, before, new_processor(), guided, 4)  # the last one under attack
     moved = {name.split(".")[1] for name, p in average.weights.items() if not torch.equal(p, old[name])}
     assert moved >= {"vision_model", "connector", "text_model"}
 

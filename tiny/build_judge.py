@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,9 @@ def wanted_odds(u: Tensor, side: Tensor, ruined: Tensor) -> Tensor:
     return torch.where(ruined[:, None], torch.full_like(odds, RUIN_ODDS), odds)
 
 
-def image_features(model: nn.Module, images: Tensor) -> Sequence[Tensor]:
-    """What the language model is given of pictures in 0..1 [B, 3, S, S]: [16, width] each, as after the processor."""
-    return model.model.get_image_features((images[:, None] - 0.5) / 0.5).pooler_output
+def image_features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the language model is given of pictures in 0..1 [B, 3, S, S]: [B, 16, width], as after the processor."""
+    return torch.stack(list(model.model.get_image_features((images[:, None] - 0.5) / 0.5).pooler_output))
 
 
 def answer_logits(model: nn.Module, images: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def answer_logits(model: nn.Module, images: Tensor, tokens: Tensor, places: Tens
     """
     count, asked, length = tokens.shape
     embedded = model.get_input_embeddings()(tokens)
-    features = torch.stack(list(image_features(model, images)))[:, None].expand(-1, asked, -1, -1).to(embedded.dtype)
+    features = image_features(model, images)[:, None].expand(-1, asked, -1, -1).to(embedded.dtype)
     pictured = (tokens == model.config.image_token_id)[..., None]
     embedded = embedded.masked_scatter(pictured, features).flatten(0, 1)
     hidden = model.model.text_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
@@ -188,21 +188,31 @@ def _loss(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tenso
 
 def attacked(model: nn.Module, prompts: Prompts, batch: tuple[Tensor, Tensor, Tensor], asked: Tensor,
              ids: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch with half of its pictures moved where the judge errs most, by an L2 distance of 0 to `ATTACK`.
+    """The batch with half of its pictures moved where the judge errs most, by an L2 distance of 0 to `ATTACK`."""
+    images, u, ruined = batch
+
+    def loss(moved: Tensor, rows: Tensor) -> Tensor:
+        return _loss(model, prompts, (moved, u[rows], ruined[rows]), asked[rows], ids)[0]
+
+    return moved_where_it_errs(images, loss, ATTACK, generator), u, ruined
+
+
+def moved_where_it_errs(images: Tensor, loss: Callable[[Tensor, Tensor], Tensor], most: float,
+                        generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, S, S], half of them moved where ``loss`` (of pictures and their rows) grows most, by an L2
+    distance of 0 to ``most``.
 
     A judge that holds out against this (Madry et al., arXiv 1706.06083) has gradients that move a picture as a whole; a
     second sun is an L2 distance of 4, a horizon moved by 10 px one of 13.
     """
-    images, u, ruined = batch
     rows = torch.randperm(len(images), generator=generator)[: len(images) // 2].to(images.device)
     moved = images[rows].clone().requires_grad_()
-    loss, _, _ = _loss(model, prompts, (moved, u[rows], ruined[rows]), asked[rows], ids)
-    (gradient,) = torch.autograd.grad(loss, moved)
-    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
+    (gradient,) = torch.autograd.grad(loss(moved, rows), moved)
+    length = most * torch.rand(len(moved), 1, 1, 1, generator=generator).to(images)
     step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
     images = images.clone()
     images[rows] = (images[rows] + step).clamp(0, 1)
-    return images, u, ruined
+    return images
 
 
 def learn_to_look(model: nn.Module, pictures: Pictures, steps: int) -> None:
@@ -221,7 +231,7 @@ def learn_to_look(model: nn.Module, pictures: Pictures, steps: int) -> None:
         wanted = wanted_odds(u, every.expand(len(u), -1, -1), torch.zeros_like(ruined))
         wanted[:, -1] = torch.where(ruined, RUIN_ODDS, FULL_ODDS)
         with torch.autocast(pictures.device, torch.bfloat16):
-            odds = head(torch.stack(list(image_features(model, images))).flatten(1)).float()
+            odds = head(image_features(model, images).flatten(1)).float()
         loss = nn.functional.binary_cross_entropy_with_logits(odds, torch.sigmoid(wanted), reduction="none")
         counted = torch.cat(((~ruined)[:, None].expand(-1, names), torch.ones_like(ruined)[:, None]), 1)
         descend((loss * counted).sum() / counted.sum(), parameters, optimiser, learning_rate(step, steps, PEAK_RATE))

@@ -36,6 +36,7 @@ from .build_judge import (
     Texts,
     answer_ids,
     image_features,
+    moved_where_it_errs,
     odds_of_yes,
 )
 from .build_student import Student, half_denoised
@@ -86,9 +87,8 @@ class Swatches:
     """Palettes of scenes; ``at`` draws one whose scene lies close to a value, 0 (cool) to 1 (warm)."""
 
     def __init__(self, generator: torch.Generator, count: int = SWATCHES) -> None:
-        self.values = torch.linspace(0, 1, count)
         measures = scenes.attributes(torch.rand(count, len(scenes.FACTORS), generator=generator))
-        pictures = scenes.draw(measures | {"palette": self.values})
+        pictures = scenes.draw(measures | {"palette": torch.linspace(0, 1, count)})
         counts = torch.randint(2, 6, (count,), generator=generator).tolist()
         self.palettes = [Palette(palette_of(picture, n)) for picture, n in zip(pictures, counts, strict=True)]
 
@@ -207,20 +207,15 @@ def learn_to_look(model: nn.Module, before: nn.Module, guided: Guided, steps: in
         images, drawings, _, _, shares = guided.next(SHOWN + PLAIN)
         plain, _, _ = guided.pictures.next(PLAIN)
         with torch.no_grad():
-            held = features(before, plain)
-        kept = (features(model, plain) - held).square().mean() / held.square().mean()
+            held = image_features(before, plain)
+        kept = (image_features(model, plain) - held).square().mean() / held.square().mean()
         known = ~shares.isnan()
-        read = head(features(model, under(images, drawings)).flatten(1))
+        read = head(image_features(model, under(images, drawings)).flatten(1))
         error = (read - shares.nan_to_num()).square().mul(known).sum(0) / known.sum(0)
         descend(error.sum() + kept, parameters, optimiser, learning_rate(step, steps, LOOK_RATE))
         if step % 50 == 0:
             errors = [round(e, 3) for e in error.sqrt().tolist()]
             log.info("look %d/%d errors %s kept %.3f", step, steps, errors, kept.item())
-
-
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """What the language model is given of pictures [B, 3, 64, 64], [B, 16, width]."""
-    return torch.stack(list(image_features(model, images)))
 
 
 def learn_to_compare(model: nn.Module, before: nn.Module, processor: Any, guided: Guided, steps: int) -> Average:
@@ -239,8 +234,8 @@ def learn_to_compare(model: nn.Module, before: nn.Module, processor: Any, guided
         asked = torch.multinomial(weights, PLAIN * ASKED, True, generator=pictures.generator).view(PLAIN, ASKED)
         images, drawings, kinds, wanted, _ = guided.next()
         if step > steps // 2 and step % 4 == 3:
-            images = attacked(images, lambda some, rows: fault(judged(some, drawings[rows], kinds[rows]),
-                                                               wanted[rows]), pictures.generator)
+            images = moved_where_it_errs(images, lambda moved, rows: fault(
+                judged(moved, drawings[rows], kinds[rows]), wanted[rows]), ATTACK, pictures.generator)
         with torch.no_grad():
             held = odds_of_yes(before, plain, ids, known, asked)
         kept = smooth_l1_loss(odds_of_yes(model, plain, ids, known, asked), held)
@@ -259,19 +254,6 @@ def learn_to_compare(model: nn.Module, before: nn.Module, processor: Any, guided
 def fault(odds: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy against the graded answer, and the distance between log-odds, which slopes everywhere."""
     return binary_cross_entropy_with_logits(odds, torch.sigmoid(wanted)) + 0.3 * smooth_l1_loss(odds, wanted)
-
-
-def attacked(images: Tensor, loss: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Tensor:
-    """The pictures, half of them moved where ``loss`` (of pictures and their rows) grows most, see
-    `build_judge.attacked`."""
-    rows = torch.randperm(len(images), generator=generator)[: len(images) // 2]
-    moved = images[rows].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(moved, rows), moved)
-    length = ATTACK * torch.rand(len(moved), 1, 1, 1, generator=generator)
-    step = length * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-    images = images.clone()
-    images[rows] = (images[rows] + step).clamp(0, 1)
-    return images
 
 
 def correlations(odds: Tensor, wanted: Tensor, kinds: Tensor) -> dict[str, float]:
