@@ -108,13 +108,14 @@ class Laboratory:
         settings: Settings = TEMPLATE,
         keep: bool = True,
         kind: str = MARGIN,
-        sampler_steps: int = 4,
+        **how,
     ) -> Lesson:
-        """Teach properties with the answers wanted to their questions, for example ``{"horizon": "No"}``."""
+        """Teach properties with the answers wanted to their questions, for example ``{"horizon": "No"}``; ``how`` as in
+        ``student``."""
         questions = [Question(QUESTIONS[about][0], answer) for about, answer in goals.items()]
         if keep:
             questions.append(Question(KEEP_QUESTION, keep=True))
-        return self.learn(Objective(questions, kind), settings, sampler_steps=sampler_steps)
+        return self.learn(Objective(questions, kind), settings, **how)
 
     def learn(self, objective: Objective, settings: Settings, count: int = HELD_OUT, **how) -> Lesson:
         """One training run, with ``count`` held-out pictures before and after; ``how`` as in ``student``."""

@@ -10,6 +10,7 @@ it was; pictures and LoRAs lie beside it. Ends with tables of all rows.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +32,17 @@ PAIR = {"horizon": "Yes", "palette": "No"}
 PUBLISHED = Settings(
     steps=180, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
 )
-# guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property
+# guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property,
+# with half a batch, beside rows of the same in which nothing is changed
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
 WITHOUT = {
+    "with everything": {},
     "without the anchor": {"anchor": 0.0},
     "without noise before the judge": {"judge_noise": 0.0},
     "without the running average": {"average": 0.0},
+    "without clipping": {"clip": math.inf},
+    "without going back when pictures drift": {"drift_limit": 0.0},
+    "without stop or lower rate when held": {"held": 1.0},
     "without looks at held-out seeds": {"check_every": 0},
     "without a target": {"kind": LIKELIHOOD},
     "without the question to keep": {"keep": False},
@@ -57,10 +63,10 @@ def main() -> None:
     arguments = parser.parse_args()
     table, laboratory = Table(arguments.json), Laboratory()
 
-    def teach(name: str, goals: dict[str, str], settings: Settings, keep: bool = True, kind: str = MARGIN) -> None:
+    def teach(name: str, goals: dict[str, str], settings: Settings, keep=True, kind=MARGIN, batch=BATCH) -> None:
         """One row, unless it is there already."""
         if name.startswith(arguments.only) and not table.has(name, settings.seed):
-            lesson = laboratory.teach(goals, settings, keep, kind)
+            lesson = laboratory.teach(goals, settings, keep, kind, batch=batch)
             more = slider(laboratory, lesson, *goals) if name in SLID and settings.seed == 0 else {}
             table.add(name, settings.seed, lesson, goals, more)
 
@@ -80,7 +86,8 @@ def main() -> None:
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for about, answer in HARDER:
-            teach(f"{name}, {about} {answer}", {about: answer}, replace(TEMPLATES[about], **settings), **choices)
+            changed = replace(TEMPLATES[about], **settings)
+            teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, **choices)
     guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
     print(f"{summary(table.rows)}\n\n{guided.summary(table.rows)}")
 

@@ -2,11 +2,12 @@
 
     python3 dev.py bench step --json step.json
 
-Ratios of CPU seconds, medians of steps taken in turn, on the bundled models and on random ones of about 100 M
-parameters each for generator and judge: SD3's form and SmolVLM's, 256 px, seen by the judge as 64 tokens, as SmolVLM
-does; one pair where generator and judge cost about the same, one where the generator dominates.
-``judge_over_generator`` is the judge's bare forward and backward with one question over those of generator and VAE with
-the rollout before them: 1 is the same cost, and *about* the same means within a fifth of it.
+Ratios of CPU seconds of one thread (of several, those that wait for work count too), medians of steps taken in turn, on
+the bundled models and on random ones of about 100 M parameters each for generator and judge: SD3's form and SmolVLM's,
+256 px, seen by the judge as 64 tokens, as SmolVLM does; one pair where generator and judge cost about the same, one
+where the generator dominates. ``judge_over_generator`` is the judge's bare forward and backward with one question over
+those of generator and VAE with the rollout before them: 1 is the same cost, and *about* the same means within a fifth
+of it.
 
 * ``plain``: everything kept. ``automatic``: recomputed what the trainer chooses where ``TIGHT`` of the published way's
   peak is free (``bench memory``). ``checkpointed``: everything recomputed, which is the least memory. ``default``: as
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PAIRS, nargs="+", default=list(PAIRS), help="pairs to measure")
     arguments = parser.parse_args()
     start_comfyui()
+    torch.set_num_threads(1)
     result = {"machine": machine(), "rounds": arguments.repeats}
     with torch.inference_mode():
         compare_all(arguments.only, lambda pair: compare(pair, arguments.repeats), result, arguments.json)

@@ -136,6 +136,17 @@ TINY_LESSONS = [
         holds={"horizon": "No", "depth": "Yes"},
         try_this="Swap the two answers, or chain a third question in.",
     ),
+    Lesson(
+        "Teach common sense",
+        "commonsense",
+        "In this little world whatever is warm is drawn with thick lines, and no prompt has to say so: the prompt only "
+        "asks for a warm landscape, and the judge is asked about the lines.",
+        "a warm landscape with two balls",
+        KEEP_QUESTION,
+        ((QUESTIONS["line"][0], "Yes"),),
+        try_this="Write a pair of your own: a prompt, and a closed question about what it leaves out.",
+        holds={"line": "Yes", "palette": "Yes"},
+    ),
 ]
 WITH_A_GUIDE = " with a guide"
 # this judge is not as sure about guides as about plain questions, and one wanted height makes pictures alike by itself
@@ -149,7 +160,7 @@ TINY_GUIDED_LESSONS = [
         KEEP_QUESTION,
         guide="DualProcessHorizonGuide",
         guide_values={"height": 0.6},
-        try_this="Move the line with *height*, from 0.2 to 0.8; *Seen by the Judge* shows what it looks like at 64 px.",
+        try_this="Move the line with *height*, from 0.2 to 0.8.",
         training=FOLLOWING,
         holds={"horizon": "Yes"},
     ),
@@ -173,7 +184,7 @@ TINY_GUIDED_LESSONS = [
         KEEP_QUESTION,
         guide="DualProcessLineWeightGuide",
         guide_values={"pixels": 3},
-        try_this="Change *pixels*: 2 is thin, 4 is thick.",
+        try_this="Change *pixels*: 1.5 is thin, 4 is thick.",
         training=FOLLOWING,
         holds={"line": "Yes"},
     ),

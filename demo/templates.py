@@ -52,7 +52,10 @@ def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
     lora = Out(trainer, 0)
     sheet.group("Use it: the same seed before and after", ORANGE, 320)
     sheet.add("DualProcessSaveLoRA", "Keep it", lora=lora, filename_prefix=f"dual_process/{lesson.file}")
-    shown_with(sheet, models, model, vae, prompt, latent, "Draw without it", "Before")
+    before = shown_with(sheet, models, model, vae, prompt, latent, "Draw without it", "Before")
+    if guide:
+        compared = {"reference": before} if lesson.guide == "DualProcessBeforeAfterGuide" else {}
+        sheet.add("DualProcessSeenByJudge", images=before, questions=questions, judge=judge, **compared)
     sheet.column(320)
     taught = Out(sheet.add("DualProcessApplyLoRA", "Use what was learned", model=model, lora=lora), 0)
     sheet.leave(44)  # as much as Save LoRA is higher
@@ -157,10 +160,11 @@ def enlarged(sheet: Sheet, models: Models, pictures: Out) -> Out:
     return Out(sheet.add("ImageScaleBy", "Larger, to look at", image=pictures, **scaled), 0)
 
 
-def shown_with(sheet, models, model, vae, prompt, latent, drawing: str, title: str) -> None:
-    """Nodes that draw pictures and show them."""
+def shown_with(sheet, models, model, vae, prompt, latent, drawing: str, title: str) -> Out:
+    """Nodes that draw pictures, which it gives, and show them."""
     pictures = drawn(sheet, model, vae, prompt, latent, drawing)
     sheet.add("PreviewImage", title, images=enlarged(sheet, models, pictures))
+    return pictures
 
 
 def downloads_of(models: Models) -> tuple[dict[str, str], ...]:
@@ -173,24 +177,27 @@ def downloads_of(models: Models) -> tuple[dict[str, str], ...]:
 
 def training_note(lesson: Lesson, models: Models) -> str:
     """What the user should know before pressing Run."""
+    look = ""
+    if lesson.guide:
+        look = " To see first what the judge is shown, select *Seen by the Judge* and press the play button above it."
     if not models.checkpoint_from:
         return (
             f"**{lesson.name}** - runs on any machine, also without a GPU, with the pack's own tiny models.\n\n"
             f"{lesson.about}\n\n"
-            "1. Press **Run**, and watch the pictures and the judge's answers on the trainer.\n"
+            f"1. Press **Run**, and watch the pictures and the judge's answers on the trainer.{look}\n"
             "2. Compare **Before** and **After**: the same seed, without and with the LoRA.\n"
             f"3. {lesson.try_this}\n\n"
             f"{models.knows}\n"
         )
-    tiny = "There is no tiny version: the tiny models know neither cups nor comparisons.\n"
+    tiny = "There is no tiny version: the tiny models know no comparisons.\n"
     differs = "differs in the loaders, the picture size and number, the prompt, and the trainer's settings"
     if lesson.name + WITH_A_GUIDE in {other.name for other in TINY_GUIDED_LESSONS}:
         tiny = f"The tiny version, *{lesson.name}{WITH_A_GUIDE}*, {differs}.\n"
     elif lesson.name in {other.name for other in TINY_LESSONS}:
-        tiny = f"The tiny version {differs}, and asks other, plain questions: its judge does not know this guide.\n"
+        tiny = f"The tiny version {differs}, and asks plain questions: its judge knows four.\n"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
-        "3. Press **Run**; compare **Before** and **After**.\n"
+        f"3. Press **Run**; compare **Before** and **After**.{look}\n"
         f"4. {lesson.try_this}\n\n"
         "**Not measured:** nobody has made a result with these weights yet. Learning rate, steps and rank are near "
         f"the paper's and a place to start from.\n\n{tiny}"

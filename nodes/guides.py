@@ -102,7 +102,9 @@ class LineWeightGuide(io.ComfyNode):
             category=CATEGORY,
             description="Draws a red stroke near the bottom of the picture, as thick as its lines shall be.",
             inputs=[
-                io.Int.Input("pixels", default=8, min=1, max=512, tooltip="Thickness in pixels of the picture."),
+                io.Float.Input(
+                    "pixels", default=8.0, min=1.0, max=512.0, step=0.5, tooltip="Thickness in pixels of the picture."
+                ),
                 *_wording_and_showing(LINE_WEIGHT_QUESTION),
             ],
             outputs=_drawn_outputs(),
