@@ -2,10 +2,9 @@
 
     python3 dev.py bench scaling --json scaling.json --plot scaling.png
 
-One size is varied at a time (pictures up to 512 px; ``--largest 1024`` for more), on a random FLUX of width 256 and a
-random judge of SmolVLM's form, with every block recomputed, the trainer's anchor and one question. Reported is the
-exponent e of cost ~ size^e, fitted over all sizes, of CPU seconds (medians of steps taken in turn) and of the peak of
-live tensors beyond the weights.
+One size is varied at a time, on a random FLUX of width 256 and a random judge of SmolVLM's form, with every block
+recomputed, the trainer's anchor and one question. Reported is the exponent e of cost ~ size^e, fitted over all sizes,
+of CPU seconds (medians of steps taken in turn) and of the peak of live tensors beyond the weights.
 """
 
 from __future__ import annotations
@@ -81,13 +80,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--plot", type=Path, help="draw the numbers into this PNG")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are reported")
-    parser.add_argument("--largest", type=int, default=512, help="px, the largest side of a picture")
     parser.add_argument("--only", choices=SIZES, nargs="+", default=list(SIZES), help="sizes to vary")
     arguments = parser.parse_args()
-    sizes = {**SIZES, "image side": [side for side in SIZES["image side"] if side <= arguments.largest]}
     start_comfyui()
     with torch.inference_mode():
-        found = {name: sweep(name, sizes[name], arguments.repeats) for name in arguments.only}
+        found = {name: sweep(name, SIZES[name], arguments.repeats) for name in arguments.only}
     ratios = {f"{name}: exponent of {what}": one["exponents"][what] for name, one in found.items() for what in WHAT}
     report({"machine": machine(), "rounds": arguments.repeats, "ratios": ratios, **found}, arguments.json)
     if arguments.plot:
