@@ -92,7 +92,7 @@ def smolvlm_2b(device: str):
         num_key_value_heads=32,
     )  # fmt: skip
     tiles = dict(size={"longest_edge": 1536}, do_image_splitting=True)
-    return idefics3(vision, text, scale_factor=3, size=tiles, dtype=torch.bfloat16, device=device)
+    return idefics3(vision, text, 3, size=tiles, tie=False, dtype=torch.bfloat16, device=device)
 
 
 def tiny_judge(device: str):
@@ -127,7 +127,7 @@ def real_vae(channels: int, device: str):
     with torch.device(device):
         parts = nn.ModuleDict({"encoder": Encoder(**config), "decoder": Decoder(**config)})
         if channels == 4:  # those of Stable Diffusion have two more layers
-            parts |= {"quant_conv": nn.Conv2d(8, 8, 1), "post_quant_conv": nn.Conv2d(4, 4, 1)}
+            parts.update({"quant_conv": nn.Conv2d(8, 8, 1), "post_quant_conv": nn.Conv2d(4, 4, 1)})
     randomise(parts, seed=7, gain=0.5)
     return comfy.sd.VAE(sd=parts.state_dict())
 

@@ -177,13 +177,16 @@ def smol_judge(vision: tuple[int, int], text: tuple[int, int], side: int) -> Jud
     )
 
 
-def idefics3(vision: dict, text: dict, scale_factor: int, size: dict, dtype=torch.float32, device="cpu") -> Judge:
+def idefics3(
+    vision: dict, text: dict, scale_factor: int, size: dict, tie=True, dtype=torch.float32, device="cpu"
+) -> Judge:
     """Idefics3, which is also SmolVLM, with random weights made on ``device``.
 
     Args:
         vision, text: of its configuration.
         scale_factor: its square is the number of patches in a token.
         size: of its image processor, at most how large and whether in tiles.
+        tie: whether the words' embeddings are the head too.
     """
     words = smol_words(QUESTIONS + CORPUS)
     config = transformers.Idefics3Config(
@@ -191,7 +194,7 @@ def idefics3(vision: dict, text: dict, scale_factor: int, size: dict, dtype=torc
         text_config=dict(model_type="llama", **text),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         scale_factor=scale_factor,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie,
     )
     images = transformers.Idefics3ImageProcessor(max_image_size={"longest_edge": vision["image_size"]}, **size)
     tokens = (vision["image_size"] // vision["patch_size"] // scale_factor) ** 2

@@ -1,12 +1,14 @@
 """`python3 dev.py templates`: write the example workflows, for the bundled tiny models and for real ones.
 
 What they teach and with which models is in lessons.py. Edit, run the command, look at the result in ComfyUI and commit
-the JSON. `--pictures DIR` makes the thumbnails of the tiny versions again too, from results in a folder for each.
+the JSON. `--run` presses Run on the tiny versions, or on those that are named, and makes their thumbnails from what
+comes out.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -20,8 +22,10 @@ from .comfyui import PACK, ComfyServer
 from .lessons import TINY_GUIDED_LESSONS, TINY_LESSONS, WITH_A_GUIDE, Lesson, Models, file_name, lessons
 from .sheet import Out, Sheet
 from .thumbnails import pairs, ranking, sketch
+from .workflow import nodes_of, to_api
 
 FOLDER = PACK / "example_workflows"
+LONGEST = 3600  # s that one may run
 BLUE, GREEN, RED, VIOLET, ORANGE = "#3f789e", "#8A8", "#a33", "#a1309b", "#b06634"
 
 
@@ -232,31 +236,38 @@ def what_to_download(models: Models) -> str:
     )
 
 
-def thumbnail(lesson: Lesson, models: Models, pictures: Path | None) -> Image.Image | None:
-    """A template's thumbnail; None when it shows results and there are none."""
-    if models.checkpoint_from:
-        return sketch(lesson.name, models.label)
-    if pictures is None:
-        return None
-    folder = pictures / lesson.name
-    return pairs(folder, lesson.holds) if lesson.file else ranking(folder)
+def results(client: ComfyClient, workflow: dict[str, Any], object_info: dict[str, Any]) -> list[list[Image.Image]]:
+    """Run a workflow; the pictures of each of its previews, in the order of the sheet."""
+    graph = to_api(workflow, object_info)
+    shown = client.run(graph, timeout=LONGEST)
+    return [
+        [Image.open(io.BytesIO(client.picture(picture))) for picture in shown[node]["images"]]
+        for node in nodes_of(graph, "PreviewImage")
+    ]
 
 
 def main() -> None:
-    """Write all templates."""
+    """Write all templates, and the thumbnails of those that are not run."""
     parser = argparse.ArgumentParser(prog="dev.py templates", description=main.__doc__)
-    parser.add_argument("--pictures", type=Path, help="folder with a folder of results for each tiny template")
-    pictures = parser.parse_args().pictures
+    tiny = [file_name(lesson, models) for lesson, models in lessons() if not models.checkpoint_from]
+    parser.add_argument("--run", nargs="*", choices=tiny, help="run these tiny ones (all, if none is named)")
+    run = parser.parse_args().run
+    run = tiny if run == [] else run or []
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
         with ComfyServer(base, base / "comfyui.log") as server, ComfyClient(server.url) as client:
             object_info = client.get_json("/object_info")
-    for name, content in templates(object_info):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
-    for lesson, models in lessons():
-        if picture := thumbnail(lesson, models, pictures):
-            picture.save(FOLDER / f"{file_name(lesson, models)}.jpg", quality=88)
+            for (name, content), (lesson, models) in zip(templates(object_info), lessons()):
+                text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+                (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
+                if models.checkpoint_from:
+                    picture = sketch(lesson.name, models.label)
+                elif name in run:
+                    first, second = results(client, content, object_info)
+                    picture = pairs(first, second, lesson.holds) if lesson.file else ranking(second)
+                else:
+                    continue
+                picture.save(FOLDER / f"{name}.jpg", quality=88)
 
 
 if __name__ == "__main__":

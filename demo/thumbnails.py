@@ -5,8 +5,6 @@ A sketch is drawn with lines and flat greys and says that it is one: no thumbnai
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -21,12 +19,11 @@ NIGHT = "#202020"
 FRAME = SIDE - BAR  # px of a sketch
 
 
-def pairs(folder: Path, wanted: dict[str, str]) -> Image.Image:
-    """The first eight pairs before_NN.png, after_NN.png of a folder in which the after picture is the first to hold
-    the wanted answers (property -> answer, see ``tiny.oracles``); before on the left."""
+def pairs(before: list[Image.Image], after: list[Image.Image], wanted: dict[str, str]) -> Image.Image:
+    """The first eight pairs in which the after picture is the first to hold the wanted answers (property -> answer, see
+    ``tiny.oracles``); before on the left."""
     found = []
-    for before in sorted(folder.glob("before_*.png")):
-        pair = [Image.open(path) for path in (before, before.with_name(before.name.replace("before", "after")))]
+    for pair in zip(before, after):
         small = torch.stack([_pixels(_fitted(picture, 64)) for picture in pair])
         held = torch.stack([holds(small, name, answer) for name, answer in wanted.items()]).all(dim=0)
         if held.tolist() == [False, True]:
@@ -44,13 +41,13 @@ def pairs(folder: Path, wanted: dict[str, str]) -> Image.Image:
     return sheet
 
 
-def ranking(folder: Path) -> Image.Image:
-    """The pictures sorted_NN.png of a folder in that order, the first with a frame."""
+def ranking(pictures: list[Image.Image]) -> Image.Image:
+    """The first 16 pictures, the very first with a frame."""
     sheet = Image.new("RGB", (SIDE, SIDE), NIGHT)
     cell = (SIDE - EDGE) // 4
-    for n, path in enumerate(sorted(folder.glob("sorted_*.png"))[:16]):
+    for n, picture in enumerate(pictures[:16]):
         row, column = divmod(n, 4)
-        sheet.paste(_fitted(Image.open(path), cell - EDGE), (EDGE + column * cell, EDGE + row * cell))
+        sheet.paste(_fitted(picture, cell - EDGE), (EDGE + column * cell, EDGE + row * cell))
     frame = (EDGE // 2, EDGE // 2, cell + EDGE // 2, cell + EDGE // 2)
     ImageDraw.Draw(sheet).rectangle(frame, outline="#ffd54a", width=5)
     return sheet

@@ -38,9 +38,9 @@ LEFT_OUT = {
     "more_prompts": (),
     "sigmas": None,
     "sampler": None,
-    "drift_limit": 0.35,
-    "target": 0.982,
-    "augment": 0.0,
+    "drift_limit": Settings.drift_limit,
+    "target": Objective.target,
+    "augment": Settings.augment,
     "recompute": AUTOMATIC,
 }
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one."

@@ -3,8 +3,8 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..trainers.dual_process import LEARN_AT
-from ..trainers.objective import LIKELIHOOD, MARGIN, TARGET
+from ..trainers.dual_process import LEARN_AT, Settings
+from ..trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from .lora import saved_loras
 from .types import JudgeType, PromptsType, QuestionsType
 
@@ -36,10 +36,10 @@ def _sockets() -> list[io.Input]:
 def _teaching() -> list[io.Input]:
     """How much is learned, and how fast."""
     return [
-        io.Int.Input("steps", default=100, min=1, max=10000, tooltip="Training steps at most."),
+        io.Int.Input("steps", default=Settings.steps, min=1, max=10000, tooltip="Training steps at most."),
         io.Float.Input(
             "learning_rate",
-            default=1e-4,
+            default=Settings.learning_rate,
             min=1e-7,
             max=1.0,
             step=1e-5,
@@ -95,7 +95,7 @@ def _judging() -> list[io.Input]:
         ),
         io.Float.Input(
             "anchor",
-            default=0.3,
+            default=Settings.anchor,
             min=0.0,
             max=100.0,
             step=0.01,
@@ -104,7 +104,7 @@ def _judging() -> list[io.Input]:
         ),
         io.Float.Input(
             "judge_noise",
-            default=0.1,
+            default=Settings.judge_noise,
             min=0.0,
             max=1.0,
             step=0.01,
@@ -113,7 +113,7 @@ def _judging() -> list[io.Input]:
         ),
         io.Int.Input(
             "check_every",
-            default=20,
+            default=Settings.check_every,
             min=0,
             max=1000,
             tooltip="Steps between looks at pictures of seeds that are not trained on. The best LoRA by these "
@@ -121,7 +121,7 @@ def _judging() -> list[io.Input]:
         ),
         io.Float.Input(
             "stop_at",
-            default=0.97,
+            default=Settings.held,
             min=0.0,
             max=1.0,
             step=0.01,
@@ -149,7 +149,7 @@ def _further() -> list[io.Input]:
         ),
         io.Int.Input(
             "accumulate",
-            default=1,
+            default=Settings.accumulate,
             min=1,
             max=256,
             tooltip="Passes of one batch that make one step: larger batches than fit on the GPU.",
@@ -174,7 +174,7 @@ def _further() -> list[io.Input]:
         ),
         io.Float.Input(
             "drift_limit",
-            default=0.35,
+            default=Settings.drift_limit,
             min=0.0,
             max=10.0,
             step=0.05,
@@ -185,7 +185,7 @@ def _further() -> list[io.Input]:
         ),
         io.Float.Input(
             "target",
-            default=0.982,
+            default=Objective.target,
             min=0.5,
             max=0.9999,
             step=0.001,
@@ -195,7 +195,7 @@ def _further() -> list[io.Input]:
         ),
         io.Float.Input(
             "augment",
-            default=0.0,
+            default=Settings.augment,
             min=0.0,
             max=1.0,
             step=0.05,

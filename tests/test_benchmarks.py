@@ -63,6 +63,41 @@ def test_the_optimiser_needs_no_8_bits(comfy):
     assert size == 56_033_280 and 2 * 3 * size < 0.5e9, "two moments, of one byte instead of four"
 
 
+def test_students_of_the_gpu_benchmark_have_the_published_shapes(comfy):
+    """Their parameters are as many as those of the published weights; one forward fits together."""
+    import comfy.supported_models
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dual_process.benchmarks.gpu import STUDENTS
+    from dual_process.benchmarks.pairs import parameters
+    from dual_process.tests.architectures import known_to_this_comfyui
+
+    published = {"FLUX": 11_891_178_560, "SDXL": 2_567_463_684}
+    with FakeTensorMode():
+        for name, shape in STUDENTS.items():
+            architecture = shape.architecture()
+            config = getattr(comfy.supported_models, architecture.model_class)(known_to_this_comfyui(architecture))
+            config.set_inference_dtype(torch.bfloat16, None)
+            model = config.get_model({}, "", device="cpu")
+            assert parameters(model.diffusion_model) == published[name.split()[0]]
+            extra = {key: torch.zeros(size) for key, size in architecture.extra.items()}
+            tensors = [torch.zeros(1, architecture.latent[1], 64, 64), torch.zeros(1), torch.zeros(1, *shape.tokens)]
+            tensors.append(model.encode_adm(device="cpu", **extra))
+            drawn = model.diffusion_model(*(tensor.to(torch.bfloat16) for tensor in tensors))
+            assert drawn.shape == tensors[0].shape
+
+
+def test_judges_and_vaes_of_the_gpu_benchmark_have_the_published_shapes(comfy):
+    from dual_process.benchmarks.gpu import JUDGES, real_vae
+    from dual_process.benchmarks.pairs import parameters
+
+    judges = {name: parameters(build("meta").model) for name, build in JUDGES.items()}
+    published = {"Qwen2.5-VL-7B": 8_292_166_656, "Qwen2.5-VL-3B": 3_754_622_976, "SmolVLM-2B": 2_246_272_880}
+    assert judges == published
+    vaes = {channels: parameters(real_vae(channels, "cpu").first_stage_model) for channels in (4, 16)}
+    assert vaes == {4: 83_653_863, 16: 83_819_683}
+
+
 def test_the_published_way_teaches_the_same(pair):
     """Without noise before the judge, and with pictures within 0..1, the gradients are equal."""
     from dual_process.benchmarks.ways import Ours, Published
