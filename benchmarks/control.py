@@ -33,7 +33,7 @@ PUBLISHED = Settings(
     steps=180, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
 )
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property,
-# with half a batch, beside rows of the same in which nothing is changed
+# with half a batch and as many steps for each, beside rows of the same in which nothing is changed
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
 WITHOUT = {
     "with everything": {},
@@ -86,7 +86,7 @@ def main() -> None:
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for about, answer in HARDER:
-            changed = replace(TEMPLATES[about], **settings)
+            changed = replace(TEMPLATES[about], steps=TEMPLATE.steps, **settings)
             teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, **choices)
     guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
     print(f"{summary(table.rows)}\n\n{guided.summary(table.rows)}")

@@ -73,6 +73,15 @@ def test_going_back_is_told(told):
     assert report.outcome().startswith(f"2 steps: {run.retreats[0]}; {run.stopped}.")
 
 
+def test_the_lower_rate_is_told(told):
+    from dual_process.trainers.report import Report
+
+    run, report = told()
+    story = {**report.story, "a_third_of_the_rate_from_step": 2}
+    report = Report(run, {**report.header, "dual_process": json.dumps(story)})
+    assert report.outcome().startswith("3 steps: held at step 2, a third of the rate from there on; all steps done.")
+
+
 def test_the_page_is_whole_loads_nothing_and_tells_what_happened(told):
     from dual_process.trainers.report import page
 
