@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PAIRS, default="equal cost", help="models to measure")
     arguments = parser.parse_args()
     start_comfyui()
+    torch.set_num_threads(1)
     import torch._inductor.config as inductor
 
     from dual_process.trainers.comfy_memory import gradients

@@ -2,9 +2,9 @@
 
 `python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
 property both ways (the first seed's LoRAs are also drawn at strengths from -1 to 2), two properties at once and as two
-LoRAs, ten times the steps at five times the rate, the published recipe, every guard taken away, one at a time, and
-several values of guides (guided.py). Rows that are in FILE already are not taught again, so a stopped run goes on where
-it was; pictures and LoRAs lie beside it. Ends with tables of all rows.
+LoRAs, ten times the steps at five times the rate, the published recipe, every guard taken away, one at a time (in
+batches of half the size), and several values of guides (guided.py). Rows that are in FILE already are not taught again,
+so a stopped run goes on where it was; pictures and LoRAs lie beside it. Ends with tables of all rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PUBLISHED = Settings(
     steps=180, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
 )
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property,
-# with half a batch and as many steps for each, beside rows of the same in which nothing is changed
+# in batches of half the size and TEMPLATE's number of steps, and beside it the same with nothing changed
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
 WITHOUT = {
     "with everything": {},
@@ -42,7 +42,7 @@ WITHOUT = {
     "without the running average": {"average": 0.0},
     "without clipping": {"clip": math.inf},
     "without going back when pictures drift": {"drift_limit": 0.0},
-    "without stop or lower rate when held": {"held": 1.0},
+    "without stop or lower rate when held": {"held": 1.1},
     "without looks at held-out seeds": {"check_every": 0},
     "without a target": {"kind": LIKELIHOOD},
     "without the question to keep": {"keep": False},
@@ -80,7 +80,7 @@ def main() -> None:
         drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)
         teach("ten times the steps, five times the rate", {"horizon": "Yes"}, drill)
         for about, answer in EVERY:
-            published = replace(PUBLISHED, seed=seed)
+            published = replace(PUBLISHED, steps=TEMPLATES[about].steps, seed=seed)
             teach(f"published recipe, {about} {answer}", {about: answer}, published, False, LIKELIHOOD)
     for name, change in WITHOUT.items():
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}

@@ -92,7 +92,7 @@ def smolvlm_2b(device: str):
         num_key_value_heads=32,
     )  # fmt: skip
     tiles = dict(size={"longest_edge": 1536}, do_image_splitting=True)
-    return idefics3(vision, text, 3, size=tiles, tie=False, dtype=torch.bfloat16, device=device)
+    return idefics3(vision, text, scale_factor=3, size=tiles, tie=False, dtype=torch.bfloat16, device=device)
 
 
 def tiny_judge(device: str):

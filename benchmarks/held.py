@@ -85,7 +85,7 @@ def main() -> None:
         goal = Objective([asked, Question(KEEP_QUESTION, keep=True)], MARGIN)
         found = {"ours": until_held(laboratory, taught, TEMPLATES[about], goal, looks=True)}
         for rate in RATES:
-            recipe = replace(PUBLISHED, learning_rate=rate)
+            recipe = replace(PUBLISHED, steps=TEMPLATES[about].steps, learning_rate=rate)
             theirs = until_held(laboratory, taught, recipe, Objective([asked], LIKELIHOOD), looks=False)
             found[f"published, rate {rate:g}"] = theirs
         result[taught] = found

@@ -1,31 +1,32 @@
-"""What five questions cost against one: time and peak memory of a judge's forward and backward.
+"""What more questions cost than one: time and peak memory of a judge's forward and backward.
 
     python3 dev.py bench questions --json questions.json
 
 A randomly initialised Qwen2.5-VL with the language model of the 0.5 B class looks at one 512 x 512 picture, which is
-324 image tokens. Measured in one run: one question, five questions over one shared look, and five questions the way of
-the reference implementation, which runs the whole model for each. The bundled judge, whose pictures are few tokens, is
-reported beside it.
+324 image tokens. Measured in one run: one, two, five and ten questions over one shared look, and five questions the way
+of the reference implementation, which runs the whole model for each. A whole step, of which the judge is a part, grows
+by less. The bundled judge, whose pictures are few tokens, is reported beside it. CPU seconds of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import time
 from pathlib import Path
 
 import torch
-import transformers
 
-from dual_process.benchmarks.pairs import QUESTIONS, qwen2_5_vl
+from dual_process.benchmarks.pairs import QUESTIONS, qwen2_5_vl, start_comfyui
+from dual_process.benchmarks.ways import machine, report
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
 ROOT = Path(__file__).resolve().parent.parent
+COUNTS = (1, 2, 5, 10)
+SEPARATE = "5, the whole model for each"
 
 
 def half_billion_judge() -> Judge:
@@ -65,7 +66,7 @@ def measure(judge: Judge, picture: torch.Tensor, count: int, share: bool) -> dic
     """Seconds by the clock, seconds of CPU and peak megabytes of one forward and backward with ``count`` questions."""
     judge.look.shares = share
     picture = picture.clone().requires_grad_()
-    questions = [Question(text) for text in QUESTIONS[:count]]
+    questions = [Question(text, answer) for answer in ("Yes", "No") for text in QUESTIONS][:count]
     with PeakMemory() as peak:
         start, cpu_start = time.perf_counter(), time.process_time()
         judge.log_likelihood(picture, questions).mean().backward()
@@ -74,11 +75,8 @@ def measure(judge: Judge, picture: torch.Tensor, count: int, share: bool) -> dic
 
 
 def compare(judge: Judge, picture: torch.Tensor, repeats: int) -> dict:
-    """Medians over ``repeats`` rounds that take the three ways in turn, and their ratios to one question.
-
-    The ratios of time are those of CPU seconds, which a busy machine does not distort.
-    """
-    ways = {"one": (1, True), "five_shared": (5, True), "five_separate": (5, False)}
+    """Medians over ``repeats`` rounds that take all ways in turn, and their ratios to one question."""
+    ways = {str(count): (count, True) for count in COUNTS} | {SEPARATE: (5, False)}
     size = tuple(picture.shape[-2:])
     tokens = [len(judge.prompts.encode(text, "Yes", (size,)).ids) for text in QUESTIONS]
     rounds = [{way: measure(judge, picture, *case) for way, case in ways.items()} for _ in range(repeats)]
@@ -87,8 +85,7 @@ def compare(judge: Judge, picture: torch.Tensor, repeats: int) -> dict:
         values = [one[way][what] for one in rounds]
         return None if None in values else statistics.median(values)
 
-    measured = {what: {way: median(way, what) for way in ways} for what in rounds[0]["one"]}
-    cpu, peak = measured["cpu_seconds"], measured["peak_mb"]
+    measured = {what: {way: median(way, what) for way in ways} for what in rounds[0]["1"]}
     return {
         "judge": judge.name,
         "parameters": sum(parameter.numel() for parameter in judge.model.parameters()),
@@ -96,12 +93,13 @@ def compare(judge: Judge, picture: torch.Tensor, repeats: int) -> dict:
         "prompt_tokens": tokens,
         "rounds": repeats,
         **measured,
-        "ratios": {
-            "time_shared": cpu["five_shared"] / cpu["one"],
-            "time_separate": cpu["five_separate"] / cpu["one"],
-            "memory_shared": peak["five_shared"] / peak["one"] if peak["one"] else None,
-        },
+        "ratios": {what: to_one(measured[what]) for what in ("cpu_seconds", "peak_mb")},
     }
+
+
+def to_one(found: dict[str, float | None]) -> dict[str, float] | None:
+    """What each way took of what one question takes; None where it was not measured."""
+    return {way: value / found["1"] for way, value in found.items()} if found["1"] else None
 
 
 def main() -> None:
@@ -109,19 +107,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are reported")
     arguments = parser.parse_args()
+    start_comfyui()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    report = compare(half_billion_judge(), torch.rand(1, 3, 512, 512), arguments.repeats)
-    report["torch_threads"] = torch.get_num_threads()
-    report["transformers"] = transformers.__version__
-    bundled = ROOT / "tiny" / "judge"
-    if bundled.is_dir():
-        small = compare(load_judge(bundled), torch.rand(1, 3, 96, 96), arguments.repeats)
-        del small["peak_mb"], small["ratios"]["memory_shared"]  # too little to see beside the interpreter
-        report["bundled_judge"] = small
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    found = compare(half_billion_judge(), torch.rand(1, 3, 512, 512), arguments.repeats)
+    small = compare(load_judge(ROOT / "tiny" / "judge"), torch.rand(1, 3, 96, 96), arguments.repeats)
+    del small["peak_mb"], small["ratios"]["peak_mb"]  # too little to see beside the interpreter
+    report({"machine": machine(), **found, "bundled_judge": small}, arguments.json)
 
 
 if __name__ == "__main__":

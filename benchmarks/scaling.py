@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SIZES, nargs="+", default=list(SIZES), help="sizes to vary")
     arguments = parser.parse_args()
     start_comfyui()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         found = {name: sweep(name, SIZES[name], arguments.repeats) for name in arguments.only}
     ratios = {f"{name}: exponent of {what}": one["exponents"][what] for name, one in found.items() for what in WHAT}

@@ -88,7 +88,7 @@ def equal_cost() -> Pair:
 
 
 def generator_dominates() -> Pair:
-    """The same generator with a judge of about a fifth of its cost."""
+    """The same generator with a judge of about a sixth of its cost."""
     return random_pair("generator dominates", sd3(9), smol_judge((2, 192), (4, 192), 512), 256)
 
 

@@ -140,12 +140,13 @@ TINY_LESSONS = [
     Lesson(
         "Teach common sense",
         "commonsense",
-        "In this little world whatever is warm is drawn with thick lines, and no prompt has to say so: the prompt only "
-        "asks for a warm landscape, and the judge is asked about the lines.",
+        "Let it be common sense here that what is warm is drawn with thick lines, so that no prompt has to say so: "
+        "this one asks for a warm landscape only, and the judge is asked about the lines.",
         "a warm landscape with two balls",
         KEEP_QUESTION,
         ((QUESTIONS["line"][0], "Yes"),),
-        try_this="Write a pair of your own: a prompt, and a closed question about what it leaves out.",
+        try_this="Another pair: the prompt `a landscape with a low horizon` and *Are the colours of the picture warm?* "
+        "with the answer `Yes`. Then draw other prompts with the LoRA: it was taught with this one alone.",
         holds={"line": "Yes", "palette": "Yes"},
     ),
 ]
@@ -184,7 +185,7 @@ TINY_GUIDED_LESSONS = [
         TINY_PROMPT,
         KEEP_QUESTION,
         guide="DualProcessLineWeightGuide",
-        guide_values={"pixels": 3},
+        guide_values={"pixels": 3.0},
         try_this="Change *pixels*: 1.5 is thin, 4 is thick.",
         training=FOLLOWING,
         holds={"line": "Yes"},

@@ -181,28 +181,25 @@ def downloads_of(models: Models) -> tuple[dict[str, str], ...]:
 
 def training_note(lesson: Lesson, models: Models) -> str:
     """What the user should know before pressing Run."""
-    look = ""
+    steps = ["Press **Run**, and watch the pictures and the judge's answers on the trainer."]
+    steps += ["Compare **Before** and **After**: the same seed, without and with the LoRA.", lesson.try_this]
     if lesson.guide:
-        look = " To see first what the judge is shown, select *Seen by the Judge* and press the play button above it."
+        same = " (before training both are the same)" if lesson.guide == "DualProcessBeforeAfterGuide" else ""
+        look = f"To see first what the judge is shown{same}: select *Seen by the Judge*, at the bottom of group 5, "
+        steps.insert(0, look + "and press the play button above it.")
     if not models.checkpoint_from:
         return (
             f"**{lesson.name}** - runs on any machine, also without a GPU, with the pack's own tiny models.\n\n"
-            f"{lesson.about}\n\n"
-            f"1. Press **Run**, and watch the pictures and the judge's answers on the trainer.{look}\n"
-            "2. Compare **Before** and **After**: the same seed, without and with the LoRA.\n"
-            f"3. {lesson.try_this}\n\n"
-            f"{models.knows}\n"
+            f"{lesson.about}\n\n{numbered(steps)}\n\n{models.knows}\n"
         )
     tiny = "There is no tiny version: the tiny models know no comparisons.\n"
     differs = "differs in the loaders, the picture size and number, the prompt, and the trainer's settings"
     if lesson.name + WITH_A_GUIDE in {other.name for other in TINY_GUIDED_LESSONS}:
         tiny = f"The tiny version, *{lesson.name}{WITH_A_GUIDE}*, {differs}.\n"
     elif lesson.name in {other.name for other in TINY_LESSONS}:
-        tiny = f"The tiny version {differs}, and asks plain questions: its judge knows four.\n"
+        tiny = f"The tiny version {differs}, and asks other questions, without a guide: its judge knows four.\n"
     return (
-        f"**{lesson.name}**\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
-        f"3. Press **Run**; compare **Before** and **After**.{look}\n"
-        f"4. {lesson.try_this}\n\n"
+        f"**{lesson.name}**\n\n{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
         "**Not measured:** nobody has made a result with these weights yet. Learning rate, steps and rank are near "
         f"the paper's and a place to start from.\n\n{tiny}"
     )
@@ -210,30 +207,34 @@ def training_note(lesson: Lesson, models: Models) -> str:
 
 def picking_note(lesson: Lesson, models: Models) -> str:
     """The same for a template without training."""
+    steps = ["Press **Run**. *Judge Score* shows the best picture and a table of all.", lesson.try_this]
     if not models.checkpoint_from:
         return (
-            f"**{lesson.name}** - no training; runs on any machine, also without a GPU.\n\n{lesson.about}\n\n"
-            "1. Press **Run**. *Judge Score* shows the best picture and a table of all.\n"
-            f"2. {lesson.try_this}\n\n{models.knows}\n"
+            f"**{lesson.name}** - no training; runs on any machine, also without a GPU.\n\n"
+            f"{lesson.about}\n\n{numbered(steps)}\n\n{models.knows}\n"
         )
     return (
-        f"**{lesson.name}** - no training.\n\n{lesson.about}\n\n{what_to_download(models)}\n\n"
-        "3. Press **Run**. *Judge Score* shows the best picture and a table of all.\n"
-        f"4. {lesson.try_this}\n\n"
+        f"**{lesson.name}** - no training.\n\n"
+        f"{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
         "**Not measured:** how well this judge sorts has not been looked at.\n\n"
         "The tiny version differs in the loaders, the picture size and number, the prompt and the questions.\n"
     )
 
 
-def what_to_download(models: Models) -> str:
+def what_to_download(models: Models) -> list[str]:
     """The first two steps with real models."""
-    return (
-        f"1. Image model: `{models.checkpoint}` (with CLIP and VAE in it) into `models/checkpoints`; ComfyUI offers "
-        "the download.\n"
-        "2. Judge: a folder inside `models/VLM`. In ComfyUI's folder:\n"
+    return [
+        f"Image model: `{models.checkpoint}` (with CLIP and VAE in it) into `models/checkpoints`; ComfyUI offers the "
+        "download.",
+        "Judge: a folder inside `models/VLM`. In ComfyUI's folder:\n"
         f"```\nhuggingface-cli download {models.judge_from} --local-dir models/VLM/{models.judge}\n```\n"
-        f"   then press **R**. (Or put `{models.judge_from}` into *hub_id* and tick *download*.)"
-    )
+        f"   then press **R**. (Or put `{models.judge_from}` into *hub_id* and tick *download*.)",
+    ]
+
+
+def numbered(steps: list[str]) -> str:
+    """A numbered list in Markdown."""
+    return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 
 
 def results(client: ComfyClient, workflow: dict[str, Any], object_info: dict[str, Any]) -> list[list[Image.Image]]:
@@ -247,27 +248,32 @@ def results(client: ComfyClient, workflow: dict[str, Any], object_info: dict[str
 
 
 def main() -> None:
-    """Write all templates, and the thumbnails of those that are not run."""
+    """Write all templates, the sketches of those for real models and, with --run, thumbnails of tiny ones."""
     parser = argparse.ArgumentParser(prog="dev.py templates", description=main.__doc__)
-    tiny = [file_name(lesson, models) for lesson, models in lessons() if not models.checkpoint_from]
+    tiny = {file_name(lesson, models): lesson for lesson, models in lessons() if not models.checkpoint_from}
     parser.add_argument("--run", nargs="*", choices=tiny, help="run these tiny ones (all, if none is named)")
     run = parser.parse_args().run
-    run = tiny if run == [] else run or []
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
         with ComfyServer(base, base / "comfyui.log") as server, ComfyClient(server.url) as client:
             object_info = client.get_json("/object_info")
-            for (name, content), (lesson, models) in zip(templates(object_info), lessons()):
+            written = dict(templates(object_info))
+            for name, content in written.items():
                 text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                 (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
+            for lesson, models in lessons():
                 if models.checkpoint_from:
-                    picture = sketch(lesson.name, models.label)
-                elif name in run:
-                    first, second = results(client, content, object_info)
-                    picture = pairs(first, second, lesson.holds) if lesson.file else ranking(second)
-                else:
-                    continue
-                picture.save(FOLDER / f"{name}.jpg", quality=88)
+                    save_thumbnail(sketch(lesson.name, models.label), file_name(lesson, models))
+            for name in [] if run is None else run or tiny:
+                print(f"running '{name}'", flush=True)
+                first, second = results(client, written[name], object_info)
+                lesson = tiny[name]
+                save_thumbnail(pairs(first, second, lesson.holds) if lesson.file else ranking(second), name)
+
+
+def save_thumbnail(picture: Image.Image, name: str) -> None:
+    """Put a template's thumbnail beside it."""
+    picture.save(FOLDER / f"{name}.jpg", quality=88)
 
 
 if __name__ == "__main__":

@@ -69,17 +69,8 @@ def told(lab):
 
 def test_going_back_is_told(told):
     run, report = told(steps=2, learning_rate=1.0, drift_limit=1e-9)
-    assert len(run.retreats) == 1 and run.retreats[0].startswith("at step 1 pictures got")
-    assert report.outcome().startswith(f"2 steps: {run.retreats[0]}; {run.stopped}.")
-
-
-def test_the_lower_rate_is_told(told):
-    from dual_process.trainers.report import Report
-
-    run, report = told()
-    story = {**report.story, "a_third_of_the_rate_from_step": 2}
-    report = Report(run, {**report.header, "dual_process": json.dumps(story)})
-    assert report.outcome().startswith("3 steps: held at step 2, a third of the rate from there on; all steps done.")
+    assert run.retreats == len(run.events) == 1 and run.events[0].startswith("at step 1 pictures got")
+    assert report.outcome().startswith(f"2 steps: {run.events[0]}; {run.stopped}.")
 
 
 def test_the_page_is_whole_loads_nothing_and_tells_what_happened(told):

@@ -84,9 +84,9 @@ class Settings:
 class Run:
     """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
 
-    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``retreats`` says of every
-    time that training went back to its best look, because pictures had drifted, when and why. ``settled`` is the step
-    of the first look that held, after which the rate is a third; None if none did.
+    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``settled`` is the step of
+    the first look that held, after which the rate is a third; None if none did. ``retreats`` counts how often training
+    went back to its best look because pictures had drifted. ``events`` tells of both, when and why, in order.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
     one with the LoRA that was kept.
@@ -96,8 +96,9 @@ class Run:
     scores: list[list[float]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     skipped: int = 0
-    retreats: list[str] = field(default_factory=list)
+    retreats: int = 0
     settled: int | None = None
+    events: list[str] = field(default_factory=list)
     stopped: str = "all steps done"
 
 
@@ -125,7 +126,7 @@ def train(
     parameters = list(student.lora.parameters())
 
     def rate() -> float:
-        return settings.learning_rate / 3 ** (len(run.retreats) + (run.settled is not None))
+        return settings.learning_rate / 3 ** (run.retreats + (run.settled is not None))
 
     def beginning() -> tuple[torch.optim.AdamW, Average]:
         return torch.optim.AdamW(parameters, lr=rate(), weight_decay=0.0), Average(parameters, settings.average)
@@ -136,10 +137,12 @@ def train(
     for step in range(1, settings.steps + 1):
         loss, scores, image = passes(student, judge, objective, settings, rng)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        strikes = 0 if torch.isfinite(norm) else strikes + 1
+        # read together: the host waits for the GPU once a step
+        norm, loss, *scores = torch.cat([norm[None], loss[None].to(norm), scores.to(norm)]).tolist()
+        strikes = 0 if math.isfinite(norm) else strikes + 1
         if (norm == 0 and loss > 0) or strikes == (1 if step == 1 else STRIKES):
             raise RuntimeError(
-                f"Step {step}: the gradient that reaches the LoRA has norm {norm.item()}; nothing can be learned from "
+                f"Step {step}: the gradient that reaches the LoRA has norm {norm}; nothing can be learned from "
                 "it. Lower the learning rate, or load model, VAE and judge in bf16 or fp32."
             )
         if strikes:
@@ -147,25 +150,27 @@ def train(
         else:
             optimizer.step()
             average.update()
-            run.loss.append(loss.item())
-            run.scores.append(scores.tolist())
+            run.loss.append(loss)
+            run.scores.append(scores)
             on_step(run, image)
         optimizer.zero_grad()
         if looks.due(step):
             with average.applied():
                 drift = looks.take(step)
-            if drift and (len(run.retreats) == RETREATS or step == settings.steps):
+            if drift and (run.retreats == RETREATS or step == settings.steps):
                 run.stopped = f"at step {step}, because pictures got {drift}"
                 break
             if drift:
                 back = f"so it went back to the LoRA of step {looks.best.step}"
-                run.retreats.append(f"at step {step} pictures got {drift}, {back}")
+                run.events.append(f"at step {step} pictures got {drift}, {back}")
+                run.retreats += 1
                 looks.go_back()
                 optimizer, average = beginning()
             elif looks.enough_hold():
                 run.stopped = f"held at step {step}"
                 break
             elif run.settled is None and step < settings.steps and looks.holds(run.checks[-1]):
+                run.events.append(f"first held at step {step}, from there on at a third of the rate")
                 run.settled = step
                 optimizer.param_groups[0]["lr"] = rate()
     looks.end()

@@ -90,14 +90,17 @@ class Adapter(nn.Module):
     def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.A = nn.Parameter(torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features))
-        # laid out as A is, each rank's entries side by side: a thin product takes up to four times as long otherwise
+        # laid out as A is, each rank's entries side by side: on a CPU the products take up to four times as long else
         self.B = nn.Parameter(torch.zeros(rank, layer.out_features).T)
         self.scale = alpha / rank
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``y`` [..., out_features] plus the update at ``x`` [..., in_features], in the dtype of ``y``."""
-        down = x.to(self.A.dtype).flatten(0, -2) @ self.A.T * self.scale
-        return torch.addmm(y.to(self.A.dtype).flatten(0, -2), down, self.B.T).view(y.shape).to(y.dtype)
+        down = x.to(self.A.dtype) @ self.A.T * self.scale
+        if y.dtype != down.dtype:
+            return y + (down @ self.B.T).to(y.dtype)
+        rows = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
+        return torch.addmm(*rows, self.B.T).view(y.shape)
 
 
 class LoRA(nn.Module):

@@ -102,9 +102,7 @@ class Report:
         """How the run ended, in a sentence."""
         skipped = self.story["steps_skipped"]
         left_out = f" ({skipped} more had no finite gradient and were left out)" if skipped else ""
-        settled = self.story["a_third_of_the_rate_from_step"]
-        slower = [] if settled is None else [f"held at step {settled}, a third of the rate from there on"]
-        end = "; ".join([*self.story["went_back"], *slower, self.story["stopped"]])
+        end = "; ".join([*self.story["events"], self.story["stopped"]])
         return f"{len(self.loss)} steps{left_out}: {end}. Kept: the LoRA of step {self.after.step}."
 
     def changed(self) -> str:
