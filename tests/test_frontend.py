@@ -52,3 +52,18 @@ def test_every_template_opens_as_it_was_written(server):
                 assert shown[node["id"]] == pytest.approx(node["size"], abs=1), f"{name}: {node['type']} has no room"
         errors = [line for line in page.errors() if "dual_process" in line]
     assert errors == []
+
+
+def test_what_the_judge_is_shown_runs_alone(server):
+    """As the templates' notes say: select the node, press the play button above it, and nothing is trained."""
+    client = ComfyClient(server.url)
+    client.post("/settings", {"Comfy.TutorialCompleted": True})
+    with FrontEnd(server.url) as page:
+        page.open_template("dual_process", "Teach the horizon with a guide")
+        page.script("app.canvas.selectNodes(app.graph.nodes.filter(n => n.type === 'DualProcessSeenByJudge'));")
+        play = "[...document.querySelectorAll('.selection-toolbox button')].find(b => b.innerHTML.includes('--play]'))"
+        page.wait_for(f"return {play}")
+        page.script(f"{play}.click();")
+        ran = "Object.keys(app.nodeOutputs).map(id => app.graph.getNodeById(id).type)"
+        page.wait_for(f"const app = window.comfyAPI.app.app; return {ran}.includes('DualProcessSeenByJudge')", 120)
+        assert "DualProcessTrainer" not in page.script(f"return {ran};")
