@@ -81,7 +81,7 @@ TURBO = Models(
 )
 
 ALL_CHANGES = {"anchor": 0.1}  # for colours, which the default holds too strongly
-TINY_COLOURS = ALL_CHANGES | {"steps": 300}  # one training seed in three needs more than 180
+TINY_COLOURS = ALL_CHANGES | {"steps": 300}  # they are learned late
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
