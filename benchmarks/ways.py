@@ -259,8 +259,8 @@ def peaks(way: Ours) -> dict[str, int]:
 def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds by the clock and of CPU of each way, taken in turn ``repeats`` times after one round to warm up.
 
-    A way is called with a context manager to put around what counts. CPU seconds are those of all threads together, also
-    of those that wait for the others: measure with one thread, which a busy machine hardly distorts.
+    A way is called with a context manager to put around what counts. CPU seconds are those of all threads together,
+    also of those that wait for the others: measure with one thread, which a busy machine hardly distorts.
     """
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(1 + repeats):
