@@ -42,7 +42,7 @@ WITHOUT = {
     "without the running average": {"average": 0.0},
     "without clipping": {"clip": math.inf},
     "without going back when pictures drift": {"drift_limit": 0.0},
-    "without stop or lower rate when held": {"held": 1.1},
+    "without stop or lower rate when held": {"held": math.inf},
     "without looks at held-out seeds": {"check_every": 0},
     "without a target": {"kind": LIKELIHOOD},
     "without the question to keep": {"keep": False},

@@ -203,7 +203,7 @@ class Progress:
         changed = f". Pictures got {drift}" if drift else ""
         first, last = run.checks[0].second, run.checks[-1].second
         second = f". Second judge: {percent(first)} before, {percent(last)} after" if last else ""
-        text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.events, run.stopped])}{second}{changed}"
+        text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.rate_falls, run.stopped])}{second}{changed}"
         PromptServer.instance.send_progress_text(text, self.node_id)
 
 

@@ -160,7 +160,7 @@ def test_a_retreat_begins_anew_at_a_third_of_the_rate():
     student, run, _ = teach(check_every=2, learning_rate=0.01, average=0.7, anchor=0.0, drift_limit=0.1)
     step = next(check.step for check in run.checks[1:] if warning(check.changes, 0.1))
     before = {check.step: check.pictures.mean().item() for check in run.checks}
-    best = int(run.events[0].split()[-1])
+    best = int(run.rate_falls[0].split()[-1])
     assert before[step + 2] - before[best] == pytest.approx(0.01 / 3 * 1.5, rel=0.05)  # mean of strides of one and two
 
 
@@ -172,8 +172,8 @@ def test_what_holds_is_taught_on_at_a_third_of_the_rate():
     brightness = [check.pictures.mean().item() for check in run.checks]
     strides = [after - before for before, after in zip(brightness, brightness[1:])]
     assert strides[:4] == [pytest.approx(stride, rel=0.05) for stride in (0.01, 0.01, 0.01 / 3, 0.01 / 3)]
-    held, back = run.events[:2]
-    assert held == "first held at step 2, from there on at a third of the rate" and run.settled == 2
+    held, back = run.rate_falls[:2]
+    assert held == "first held at step 2, from there on at a third of the rate"
     assert back.startswith("at step 5 ") and back.endswith("step 4")
     assert brightness[6] - brightness[4] == pytest.approx(0.01 / 9, rel=0.05)
 
@@ -275,8 +275,8 @@ def test_a_run_whose_pictures_drift_goes_back_and_on_more_carefully_and_ends_at_
     ruined = [check.step for check in run.checks[1:] if warning(check.changes, 0.1)]
     retreats = ruined[:-1]
     assert ruined[-1] == drifted.step and len(retreats) == 3 and not warning(kept.changes, 0.1)
-    assert [text.split(" pictures got ")[0] for text in run.events] == [f"at step {step}" for step in retreats]
-    assert run.events[0].endswith(f"so it went back to the LoRA of step {retreats[0] - 1}")
+    assert [text.split(" pictures got ")[0] for text in run.rate_falls] == [f"at step {step}" for step in retreats]
+    assert run.rate_falls[0].endswith(f"so it went back to the LoRA of step {retreats[0] - 1}")
 
     def brightness(step: int) -> float:
         return run.checks[step].pictures.mean().item()

@@ -64,7 +64,7 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
     assert story["second_judge"] is None and story["second_judge_scores_after"] == []
     assert set(story["made_with"]) == {"ComfyUI", "torch", "transformers"}
     assert story["settings"]["learning_rate"] == 3e-4
-    assert story["events"] == []
+    assert story["rate_falls"] == []
     assert (story["stopped"], story["steps_skipped"]) == ("all steps done", 0)
     assert story["held_out_scores_before"] == run.checks[0].scores
     assert story["held_out_scores_after"] == run.checks[-1].scores

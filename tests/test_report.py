@@ -69,8 +69,8 @@ def told(lab):
 
 def test_going_back_is_told(told):
     run, report = told(steps=2, learning_rate=1.0, drift_limit=1e-9)
-    assert run.retreats == len(run.events) == 1 and run.events[0].startswith("at step 1 pictures got")
-    assert report.outcome().startswith(f"2 steps: {run.events[0]}; {run.stopped}.")
+    assert run.retreats == len(run.rate_falls) == 1 and run.rate_falls[0].startswith("at step 1 pictures got")
+    assert report.outcome().startswith(f"2 steps: {run.rate_falls[0]}; {run.stopped}.")
 
 
 def test_the_page_is_whole_loads_nothing_and_tells_what_happened(told):

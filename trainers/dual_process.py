@@ -48,7 +48,7 @@ class Settings:
         clip: gradient norm at most.
         check_every: steps between looks at the held-out seeds; 0 never looks.
         held: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
-            ``check_every`` is not 0. With a second judge, both must reach it.
+            ``check_every`` is not 0. With a second judge, both must reach it. Infinity: never.
         check_seeds: number of held-out seeds.
         learn_at: one of ``LEARN_AT``: the sampler's steps k that are learned from, see ``starts``. ``any step`` is the
             paper's choice.
@@ -84,9 +84,9 @@ class Settings:
 class Run:
     """What happened: loss and mean score [Q] of every step taken, the checks, why it ended.
 
-    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``settled`` is the step of
-    the first look that held, after which the rate is a third; None if none did. ``retreats`` counts how often training
-    went back to its best look because pictures had drifted. ``events`` tells of both, when and why, in order.
+    ``skipped`` counts the steps that were not taken because their gradient was not finite. ``rate_falls`` tells when
+    and why the rate fell to a third of what it was, in order; ``retreats`` counts how often that was because pictures
+    had drifted, and training went back to its best look.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
     one with the LoRA that was kept.
@@ -97,8 +97,7 @@ class Run:
     checks: list[Check] = field(default_factory=list)
     skipped: int = 0
     retreats: int = 0
-    settled: int | None = None
-    events: list[str] = field(default_factory=list)
+    rate_falls: list[str] = field(default_factory=list)
     stopped: str = "all steps done"
 
 
@@ -126,14 +125,14 @@ def train(
     parameters = list(student.lora.parameters())
 
     def rate() -> float:
-        return settings.learning_rate / 3 ** (run.retreats + (run.settled is not None))
+        return settings.learning_rate / 3 ** len(run.rate_falls)
 
     def beginning() -> tuple[torch.optim.AdamW, Average]:
         return torch.optim.AdamW(parameters, lr=rate(), weight_decay=0.0), Average(parameters, settings.average)
 
     optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
-    strikes = 0
+    strikes, settled = 0, False
     for step in range(1, settings.steps + 1):
         loss, scores, image = passes(student, judge, objective, settings, rng)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -162,16 +161,16 @@ def train(
                 break
             if drift:
                 back = f"so it went back to the LoRA of step {looks.best.step}"
-                run.events.append(f"at step {step} pictures got {drift}, {back}")
+                run.rate_falls.append(f"at step {step} pictures got {drift}, {back}")
                 run.retreats += 1
                 looks.go_back()
                 optimizer, average = beginning()
             elif looks.enough_hold():
                 run.stopped = f"held at step {step}"
                 break
-            elif run.settled is None and step < settings.steps and looks.holds(run.checks[-1]):
-                run.events.append(f"first held at step {step}, from there on at a third of the rate")
-                run.settled = step
+            elif not settled and step < settings.steps and looks.holds(run.checks[-1]):
+                settled = True
+                run.rate_falls.append(f"first held at step {step}, from there on at a third of the rate")
                 optimizer.param_groups[0]["lr"] = rate()
     looks.end()
     return run

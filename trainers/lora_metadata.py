@@ -73,7 +73,7 @@ def metadata(
         "ss_network_alpha": str(rank),  # the file's update has alpha / rank folded in
         "ss_optimizer": "torch.optim.adamw.AdamW",
         "ss_learning_rate": str(settings.learning_rate),
-        "ss_lr_scheduler": "piecewise_constant" if run.events else "constant",
+        "ss_lr_scheduler": "piecewise_constant" if run.rate_falls else "constant",
         "ss_max_grad_norm": str(settings.clip),
         "ss_batch_size_per_device": str(student.latent.shape[0]),
         "ss_gradient_accumulation_steps": str(settings.accumulate),
@@ -129,7 +129,7 @@ def _story(
         "steps_done": len(run.loss),
         "kept_step": run.checks[-1].step,
         "steps_skipped": run.skipped,
-        "events": run.events,
+        "rate_falls": run.rate_falls,
         "stopped": run.stopped,
         "held_out_scores_before": run.checks[0].scores,
         "held_out_scores_after": run.checks[-1].scores,

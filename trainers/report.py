@@ -102,7 +102,7 @@ class Report:
         """How the run ended, in a sentence."""
         skipped = self.story["steps_skipped"]
         left_out = f" ({skipped} more had no finite gradient and were left out)" if skipped else ""
-        end = "; ".join([*self.story["events"], self.story["stopped"]])
+        end = "; ".join([*self.story["rate_falls"], self.story["stopped"]])
         return f"{len(self.loss)} steps{left_out}: {end}. Kept: the LoRA of step {self.after.step}."
 
     def changed(self) -> str:
