@@ -1,40 +1,47 @@
 """How closely pictures follow a guide that is drawn over them for the judge, said by functions that measure pixels.
 
 A part of `python3 dev.py bench control`: the bundled student is taught with the question of each guide, one LoRA for
-every value of it, as the templates do but with batches of 8. The judge is the bundled one that reads guides.
+every value of it, as the templates do but with batches of 8, and with the questions that compare a picture with the one
+before. The judge is the bundled one that reads guides.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, share
+from dual_process.benchmarks.bundled import TEMPLATE, TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, Table
 from dual_process.demo.comfyui import PACK
 from dual_process.demo.lessons import FOLLOWING
 from dual_process.tiny import scenes
 from dual_process.tiny.oracles import measure
+from dual_process.tiny.pairs import COMPARISONS
 from dual_process.tiny.questions import KEEP_QUESTION
-from dual_process.tiny.teach_guides import KINDS
+from dual_process.tiny.teach_guides import KINDS, sky_area
+from dual_process.trainers.dual_process import Settings
 from dual_process.trainers.objective import MARGIN, Objective
 from dual_process.vlm.guides import Horizon, Palette, Stroke, palette_of
-from dual_process.vlm.overlay import Drawing, Overlay
+from dual_process.vlm.overlay import BeforeAfter, Drawing, Overlay
 from dual_process.vlm.question import Question
 
 SWATCHES, BATCH = 3, 8
-# property -> what is drawn (of a scene that has the wanted value, and the value), values
+# kind of guide -> what is drawn (of a scene that has the wanted value, and the value), values
 GUIDES: dict[str, tuple[Callable[[Tensor, float], Drawing], tuple[float, ...]]] = {
     "horizon": (lambda scene, value: Horizon(1 - value), (0.3, 0.4, 0.5, 0.6, 0.7)),
     "palette": (lambda scene, value: Palette(palette_of(scene, SWATCHES)), (0.1, 0.3, 0.5, 0.7, 0.9)),
     "line": (lambda scene, value: Stroke(value), (1.5, 2.0, 2.5, 3.0, 3.5)),
+    "area": (lambda scene, value: sky_area(value), (0.3, 0.4, 0.5, 0.6, 0.7)),
 }
+MOVED = {"horizon": 0.04, "palette": 0.1, "line": 0.3}  # what counts as different, in the oracle's units
 TARGET = FOLLOWING["target"]
 FOLLOWED = {"held": FOLLOWING["stop_at"], "drift_limit": FOLLOWING["drift_limit"]}
-SETTINGS = {about: replace(TEMPLATES[about], **FOLLOWED) for about in GUIDES}
+SETTINGS = {name: replace(TEMPLATES[KINDS[name].about], **FOLLOWED) for name in GUIDES}
+COMPARED = replace(TEMPLATE, **FOLLOWED)
 
 
 def wanted_scene(about: str, value: float) -> Tensor:
@@ -59,31 +66,53 @@ def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
     }
 
 
+def moved(before: Tensor, after: Tensor, about: str, least: float) -> dict[str, float]:
+    """Of pictures [N, 3, H, W] that are clean before and after, seed by seed: how far the measure moved as a mean, the
+    share in which it moved by ``least`` or more (towards the other side: less than nothing); share that is clean."""
+    first, second = measure(before), measure(after)
+    clean = first["readable"] & second["readable"]
+    steps = (second[MEASURES[about]] - first[MEASURES[about]])[clean]
+    if not len(steps):
+        return {"readable": 0.0}
+    right_way = steps <= least if least < 0 else steps >= least
+    return {"mean": steps.mean().item(), "moved": share(right_way), "readable": share(second["readable"])}
+
+
 def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool = False) -> None:
-    """Add a row for every value of every guide that is not there yet; ``only``: whose name begins so, ``seldom``: three
-    of the five values."""
+    """Add a row for every value of every guide and for every comparison that is not there yet; ``only``: whose name
+    begins so, ``seldom``: three of the five values."""
     laboratory.ask(PACK / "tiny" / "judge_of_guides")
-    for about, (drawing, values) in GUIDES.items():
+
+    def learn(name: str, question: Question, settings: Settings) -> Lesson | None:
+        """What came of a row's training, unless it is there or not asked for."""
+        if not name.startswith(only) or table.has(name, 0):
+            return None
+        goal = Objective([question, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
+        return laboratory.learn(goal, settings, batch=BATCH)
+
+    for kind, (drawing, values) in GUIDES.items():
+        about = KINDS[kind].about
         for value in values[:: 2 if seldom else 1]:
-            name = f"guide, {about} {value:g}"
-            if not name.startswith(only) or table.has(name, 0):
-                continue
-            scene = wanted_scene(about, value)
-            target = measure(scene)[MEASURES[about]].item()
-            asked = Question(KINDS[about].question, guide=Overlay(drawing(scene[0], value)))
-            goal = Objective([asked, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
-            lesson = laboratory.learn(goal, SETTINGS[about], batch=BATCH)
-            before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
-            table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
+            name, scene = f"guide, {kind} {value:g}", wanted_scene(about, value)
+            asked = Question(KINDS[kind].question, guide=Overlay(drawing(scene[0], value)))
+            if lesson := learn(name, asked, SETTINGS[kind]):
+                target = measure(scene)[MEASURES[about]].item()
+                before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
+                table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
+    for about, comparison in COMPARISONS.items():
+        name = f"before and after, {about}"
+        if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), COMPARED):
+            least = math.copysign(MOVED[about], comparison.full)
+            table.add(name, 0, lesson, {}, {"moved": moved(lesson.before, lesson.after, about, least)})
 
 
 def summary(rows: list[dict]) -> str:
     """Markdown: a line for each guide, with the mean distance to it before and after, over all of its values at which a
-    picture stayed clean."""
+    picture stayed clean; then a line for each comparison."""
     columns = "guide, targets, means after, distance before, after, less by, correlation, clean".split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for about in GUIDES:
-        found = [row for row in rows if row["row"].startswith(f"guide, {about} ") and "error" in row["after"]]
+    for kind in GUIDES:
+        found = [row for row in rows if row["row"].startswith(f"guide, {kind} ") and "error" in row["after"]]
         if len(found) < 2:
             continue
         before, after = (sum(row[when]["error"] for row in found) / len(found) for when in ("before", "after"))
@@ -92,7 +121,14 @@ def summary(rows: list[dict]) -> str:
         clean = sum(row["after"]["readable"] for row in found) / len(found)
         listed = (", ".join(f"{value:.2f}" for value in values) for values in (targets, means))
         lines.append(
-            f"| {about} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {1 - after / before:.0%} "
+            f"| {kind} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {1 - after / before:.0%} "
             f"| {follows:.2f} | {clean:.1%} |"
         )
+    lines += ["", "| before and after | moved by | moved enough | clean | steps |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["row"].startswith("before and after, ") and "mean" in row["moved"]:
+            found = row["moved"]
+            about = row["row"].split(", ")[1]
+            numbers = f"{found['mean']:+.2f} | {found['moved']:.1%} | {found['readable']:.1%}"
+            lines.append(f"| {about} | {numbers} | {row['steps']} |")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..tiny.questions import KEEP_QUESTION, QUESTIONS, SUFFIX
+from ..tiny.questions import HIGHER, KEEP_QUESTION, QUESTIONS, SUFFIX, THICKER
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Lesson:
     questions: tuple[tuple[str, str], ...] = ()  # text and wanted answer
     guide: str = ""  # node type; its wording is the question then
     guide_values: dict[str, Any] = field(default_factory=dict)
+    area: tuple[float, ...] = (1 / 16, 7 / 16, 1 / 2, 1 / 2)  # of Composition Guide: x, y, width and height
     try_this: str = ""
     training: dict[str, Any] = field(default_factory=dict)  # as in Models, and counts more
-    holds: dict[str, str] = field(default_factory=dict)  # what tiny.oracles has to find: property -> answer
+    # what tiny.oracles has to find: property -> answer; empty where it depends on the picture before
+    holds: dict[str, str] = field(default_factory=dict)
 
 
 TINY = Models(
@@ -57,8 +59,10 @@ TINY = Models(
 TINY_GUIDED = replace(
     TINY,
     judge="tiny judge that reads guides (bundled)",
-    knows="This tiny judge reads the line of Horizon Guide, the swatches of Palette Guide and the stroke of Line "
-    "Weight Guide, with the questions that those nodes word, and answers what the other tiny judge does.",
+    knows="This tiny judge reads the line of Horizon Guide, the swatches of Palette Guide, the stroke of Line Weight "
+    "Guide and the outline of Composition Guide as the area of the sky, with the questions that those nodes word. "
+    "Shown a picture before and after, it can be asked about warmer colours, a higher horizon and thicker lines. "
+    "Without a guide it answers what the other tiny judge does.",
 )
 FLUX = Models(
     "FLUX schnell, Qwen2.5-VL",
@@ -81,7 +85,7 @@ TURBO = Models(
 )
 
 ALL_CHANGES = {"anchor": 0.1}  # for colours, which the default holds too strongly
-TINY_COLOURS = ALL_CHANGES | {"steps": 300}  # they are learned late
+TINY_COLOURS = ALL_CHANGES | {"steps": 300, "learning_rate": 0.003}  # they are learned late
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
@@ -189,6 +193,31 @@ TINY_GUIDED_LESSONS = [
         try_this="Change *pixels*: 1.5 is thin, 4 is thick.",
         training=FOLLOWING,
         holds={"line": "Yes"},
+    ),
+    Lesson(
+        f"Teach a composition{WITH_A_GUIDE}",
+        "composition_guide",
+        "The sky fills the area that Composition Guide outlines, and no more.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        guide="DualProcessCompositionGuide",
+        guide_values={"labels": "sky"},
+        area=(0, 0, 1, 0.375),
+        try_this="Change the *height* of *Area*, from 14 to 50 of the picture's 64 pixels.",
+        training=FOLLOWING,
+        holds={"horizon": "Yes"},
+    ),
+    Lesson(
+        "Compare before and after",
+        "higher",
+        "The judge is shown two pictures of the same seed, the untaught model's and the present one's, and is asked "
+        "how the second differs from the first: every horizon rises from where it was.",
+        TINY_PROMPT,
+        KEEP_QUESTION,
+        guide="DualProcessBeforeAfterGuide",
+        guide_values={"question": HIGHER},
+        try_this=f"Another question: *{THICKER.removesuffix(SUFFIX)}*{SUFFIX}",
+        training=FOLLOWING,
     ),
 ]
 TINY_BEST = Lesson(

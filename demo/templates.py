@@ -19,7 +19,7 @@ from PIL import Image
 
 from .client import ComfyClient
 from .comfyui import PACK, ComfyServer
-from .lessons import TINY_GUIDED_LESSONS, TINY_LESSONS, WITH_A_GUIDE, Lesson, Models, file_name, lessons
+from .lessons import TINY_GUIDED_LESSONS, WITH_A_GUIDE, Lesson, Models, file_name, lessons
 from .sheet import Out, Sheet
 from .thumbnails import pairs, ranking, sketch
 from .workflow import nodes_of, to_api
@@ -102,17 +102,17 @@ def guide_of(sheet: Sheet, lesson: Lesson, models: Models) -> tuple[Out, Out]:
     sheet.group("The guide", RED, 340)
     mask = {}
     if lesson.guide == "DualProcessCompositionGuide":
-        side = models.size // 2
+        x, y, width, height = (round(share * models.size) for share in lesson.area)
         paper = sheet.add("SolidMask", "Whole picture", value=0.0, width=models.size, height=models.size)
-        area = sheet.add("SolidMask", "Area", value=1.0, width=side, height=side)
-        place = {"x": models.size // 16, "y": models.size - side - models.size // 16}
+        area = sheet.add("SolidMask", "Area", value=1.0, width=width, height=height)
         both = sheet.add(
             "MaskComposite",
             "Area in the picture",
             destination=Out(paper, 0),
             source=Out(area, 0),
             operation="add",
-            **place,
+            x=x,
+            y=y,
         )
         mask = {"mask": Out(both, 0)}
     guide = sheet.add(lesson.guide, **lesson.guide_values, **mask)
@@ -192,12 +192,10 @@ def training_note(lesson: Lesson, models: Models) -> str:
             f"**{lesson.name}** - runs on any machine, also without a GPU, with the pack's own tiny models.\n\n"
             f"{lesson.about}\n\n{numbered(steps)}\n\n{models.knows}\n"
         )
-    tiny = "There is no tiny version: the tiny models know no comparisons.\n"
     differs = "differs in the loaders, the picture size and number, the prompt, and the trainer's settings"
+    tiny = f"The tiny version {differs}, and asks another question.\n"
     if lesson.name + WITH_A_GUIDE in {other.name for other in TINY_GUIDED_LESSONS}:
         tiny = f"The tiny version, *{lesson.name}{WITH_A_GUIDE}*, {differs}.\n"
-    elif lesson.name in {other.name for other in TINY_LESSONS}:
-        tiny = f"The tiny version {differs}, and asks other questions, without a guide: its judge knows four.\n"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
         "**Not measured:** nobody has made a result with these weights yet. Learning rate, steps and rank are near "

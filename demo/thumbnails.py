@@ -21,12 +21,12 @@ FRAME = SIDE - BAR  # px of a sketch
 
 def pairs(before: list[Image.Image], after: list[Image.Image], wanted: dict[str, str]) -> Image.Image:
     """The first eight pairs in which the after picture is the first to hold the wanted answers (property -> answer, see
-    ``tiny.oracles``); before on the left."""
+    ``tiny.oracles``), or the very first where none are wanted; before on the left."""
     found = []
     for pair in zip(before, after):
         small = torch.stack([_pixels(_fitted(picture, 64)) for picture in pair])
-        held = torch.stack([holds(small, name, answer) for name, answer in wanted.items()]).all(dim=0)
-        if held.tolist() == [False, True]:
+        held = [holds(small, name, answer) for name, answer in wanted.items()]
+        if not held or torch.stack(held).all(dim=0).tolist() == [False, True]:
             found.append(pair)
     sheet = Image.new("RGB", (SIDE, SIDE), NIGHT)
     cell = (SIDE - BAR) // 4 - EDGE // 2

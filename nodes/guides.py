@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
 from ..vlm.guides import (
+    BEFORE_AFTER_QUESTION,
     COMPOSITION_QUESTION,
     DEPTH_QUESTION,
     HORIZON_QUESTION,
@@ -33,7 +34,6 @@ from .types import CATEGORY, GuideType
 
 SHOWN_SIDE = 512  # px of the drawing on the node; the judge's is drawn at the size of the picture
 KEEP_SHAPE, STRETCH = "keep its shape", "stretch over the picture"
-BEFORE_AFTER_QUESTION = "Are the colors of the second picture warmer than those of the first? Answer with Yes or No."
 
 
 class HorizonGuide(io.ComfyNode):

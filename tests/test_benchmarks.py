@@ -258,13 +258,14 @@ def test_what_else_moved_is_counted_among_the_clean_pictures():
 
 
 def test_where_no_picture_is_clean_nothing_is_said_of_them():
-    from dual_process.benchmarks.guided import followed, summary
+    from dual_process.benchmarks.guided import followed, moved, summary
     from dual_process.benchmarks.table import others
 
     black = torch.zeros(2, 3, 64, 64)
     assert others(black) == {} and followed(black, "line", 2.0) == {"readable": 0.0}
     rows = [{"row": f"guide, line {n}", "target": n, "before": {}, "after": followed(black, "line", n)} for n in (1, 2)]
-    assert len(summary(rows).splitlines()) == 2
+    rows.append({"row": "before and after, line", "moved": moved(black, black, "line", 0.3)})
+    assert not any("line" in text for text in summary(rows).splitlines())
 
 
 def test_stacking_needs_the_loras_of_the_rows(tmp_path):
@@ -292,8 +293,10 @@ def test_a_real_checkpoint_is_not_asked_about_two_balls(monkeypatch, capsys):
 def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
     from dual_process.benchmarks.guided import GUIDES, followed, wanted_scene
     from dual_process.tiny.oracles import measure
+    from dual_process.tiny.teach_guides import KINDS
 
-    for about, (drawing, values) in GUIDES.items():
+    for kind, (drawing, values) in GUIDES.items():
+        about = KINDS[kind].about
         found = [measure(wanted_scene(about, value)) for value in values]
         assert all(one["readable"] for one in found)
         drawn = [drawing(wanted_scene(about, value)[0], value).draw(64, 64) for value in values]
@@ -320,3 +323,18 @@ def test_guides_are_summed_up_over_their_values():
     ]
     assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% |")
     assert len(control.summary(rows).splitlines()) == 2, "these are no rows of its table"
+
+
+def test_what_moved_is_told_seed_by_seed():
+    from dual_process.benchmarks.guided import moved, summary
+    from dual_process.tiny import scenes
+
+    heights = torch.tensor([0.3, 0.4, 0.6])
+    measures = scenes.attributes(torch.full((3, 8), 0.25))
+    lower = heights + torch.tensor([0.1, 0.1, 0])
+    before, after = (scenes.draw(measures | {"horizon": level}) for level in (lower, heights))
+    found = moved(before, after, "horizon", -0.04)
+    assert found == {"mean": pytest.approx(-0.2 / 3, abs=0.01), "moved": pytest.approx(2 / 3), "readable": 1.0}
+    assert moved(after, before, "horizon", 0.04)["moved"] == pytest.approx(2 / 3)
+    row = {"row": "before and after, horizon", "steps": 90, "moved": found}
+    assert summary([row]).splitlines()[-1] == "| horizon | -0.07 | 66.7% | 100.0% | 90 |"

@@ -8,16 +8,17 @@ import torch
 from dual_process.tiny import oracles, scenes
 from dual_process.tiny.build_judge import Pictures, Prompts, Texts, answer_ids, main_odds, odds_of_yes
 from dual_process.tiny.judge_folder import new_processor
+from dual_process.tiny.pairs import COMPARISONS, Pairs
 from dual_process.tiny.teach_guides import (
     KINDS,
     NAMES,
     SHOWN,
     Guided,
-    any_measures,
     learn_to_compare,
     learn_to_look,
     under,
 )
+from dual_process.tiny.wide_scenes import SPANS, any_measures
 
 TINY = Path(scenes.__file__).parent
 
@@ -58,7 +59,8 @@ def test_guides_are_drawn_where_the_share_says_and_the_odds_follow(guided):
                 ruined.add(name)
             else:
                 kind = KINDS[name]
-                wanted = kind.odds((own - guide).abs() * (kind.high - kind.low))
+                low, high = SPANS[kind.about]
+                wanted = kind.odds((own - guide).abs() * (high - low))
                 assert odds[row].item() == pytest.approx(wanted.item(), abs=0.1)
             if name == "horizon":
                 line = drawings[row, 3].mean(1).argmax().item() / 64
@@ -81,7 +83,8 @@ def test_looking_and_comparing_train_what_they_shall(guided):
     old = dict(before.named_parameters())
     moved = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, old[name])}
     assert moved == {"vision_model", "connector"}
-    average = learn_to_compare(model, before, new_processor(), guided, 4)  # the last one under attack
+    pairs = Pairs(guided.pictures, guided.wide)
+    average = learn_to_compare(model, before, new_processor(), guided, pairs, 4)  # the last one under attack
     moved = {name.split(".")[1] for name, p in average.weights.items() if not torch.equal(p, old[name])}
     assert moved >= {"vision_model", "connector", "text_model"}
 
@@ -92,11 +95,11 @@ def test_the_bundled_judge_is_surest_where_the_guide_is_met(guided, name):
     """And the less sure the farther the picture is from the guide, which shows where to go."""
     processor, model, kind = new_processor(), load("judge_of_guides"), KINDS[name]
     texts, ids = Texts(processor, [kind.question], "cpu"), answer_ids(processor)
-    values = torch.linspace(kind.low, kind.high, 15)
+    values = torch.linspace(*SPANS[kind.about], 15)
     measures = any_measures(len(values), torch.Generator().manual_seed(6))
     measures["horizon_line"] = measures["line"] = torch.full_like(values, 2.0)
     measures["horizon"] = torch.full_like(values, 0.45)
-    measures[name] = values
+    measures[kind.about] = values
     if name == "line":
         measures["horizon_line"] = values
     pictures = scenes.draw(measures)
@@ -115,3 +118,63 @@ def test_the_bundled_judge_of_guides_answers_other_questions_as_the_other_one(gu
     images = scenes.render(torch.rand(64, len(scenes.FACTORS), generator=torch.Generator().manual_seed(9)))
     both = [main_odds(load(name), *asked, images) > 0 for name in ("judge", "judge_of_guides")]
     assert (both[0] == both[1]).float().mean(0).min() >= 0.98
+
+
+def test_pairs_differ_as_is_told_and_the_odds_follow(guided):
+    pairs, ruined = Pairs(guided.pictures, guided.wide), 0
+    for _ in range(12):
+        shown, rows, odds = pairs.next(12)
+        assert shown.shape == (12, 2, 3, 64, 64) and set(rows.tolist()) == {0, 1, 2}
+        first, second = oracles.measure(shown[:, 0]), oracles.measure(shown[:, 1])
+        clean = first["readable"] & second["readable"]
+        for row in clean.nonzero().flatten().tolist():
+            kind = list(COMPARISONS.values())[rows[row]]
+            if kind.about == "palette":
+                continue  # the oracle's measure is red less blue
+            wanted = kind.odds(first[kind.about][row], second[kind.about][row])
+            assert odds[row].item() == pytest.approx(wanted.item(), abs=1.5)
+        ruined += int((odds == -5.5).sum())
+    assert ruined > 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", COMPARISONS.values(), ids=list(COMPARISONS))
+def test_the_bundled_judge_compares_two_pictures(kind):
+    """The same scene with one measure changed; the judge is asked through its own processor in the node's tests."""
+    processor, model = new_processor(), load("judge_of_guides")
+    texts, ids = Texts(processor, [kind.question], "cpu", pictures=2), answer_ids(processor)
+    g = torch.Generator().manual_seed(7)
+    first = any_measures(64, g)
+    low, high = SPANS[kind.about]
+    second = first | {kind.about: low + (high - low) * torch.rand(64, generator=g)}
+    if kind.about == "line":
+        second["horizon_line"] = second["line"]
+    shown = torch.stack((scenes.draw(first), scenes.draw(second)), 1)
+    odds = odds_of_yes(model, texts, ids, shown, torch.zeros(64, 1, dtype=torch.long))[:, 0]
+    wanted = kind.odds(first[kind.about], second[kind.about])
+    sure = wanted.abs() > 2
+    assert ((odds > 0) == (wanted > 0))[sure].float().mean() >= 0.95
+    assert torch.corrcoef(torch.stack((odds, wanted)))[0, 1] >= 0.9
+
+
+@torch.no_grad()
+def test_comparisons_are_taught_as_the_judge_is_asked():
+    """Through the model's own processor and forward, the picture before first."""
+    from dual_process.vlm.loading import load_judge
+    from dual_process.vlm.overlay import BeforeAfter
+    from dual_process.vlm.question import Question
+
+    judge, processor = load_judge(TINY / "judge_of_guides", dtype=torch.float32), new_processor()
+    text = COMPARISONS["horizon"].question
+    before, after = scenes.render(torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(2)).flatten(0, 1)).chunk(
+        2
+    )
+    asked = [Question(text, answer, guide=BeforeAfter()) for answer in ("Yes", "No")]
+    yes, no = judge.log_likelihood(after, asked, before).unbind(1)
+    texts, ids = Texts(processor, [text], "cpu", pictures=2), answer_ids(processor)
+    shown = torch.stack((before, after), 1)
+    odds = odds_of_yes(judge.model, texts, ids, shown, torch.zeros(3, 1, dtype=torch.long))[:, 0]
+    torch.testing.assert_close(yes - no, odds, atol=1e-3, rtol=1e-3)
+    assert (
+        odds - odds_of_yes(judge.model, texts, ids, shown.flip(1), torch.zeros(3, 1, dtype=torch.long))[:, 0]
+    ).abs().min() > 0.1

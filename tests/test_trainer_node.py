@@ -43,7 +43,9 @@ def test_the_benchmarks_teach_as_the_templates_do(trainer):
     from dual_process.trainers.objective import Objective
 
     taught = [(name, TEMPLATES[about], Objective.target) for about, name in NAMES.items()]
-    taught += [(NAMES[about] + WITH_A_GUIDE, guided.SETTINGS[about], guided.TARGET) for about in guided.GUIDES]
+    names = NAMES | {"area": "Teach a composition"}
+    taught += [(names[kind] + WITH_A_GUIDE, guided.SETTINGS[kind], guided.TARGET) for kind in guided.GUIDES]
+    taught.append(("Compare before and after", guided.COMPARED, guided.TARGET))
     info = {node["type"]: {"input": {}} for name, _, _ in taught for node in template(name)["nodes"]}
     info["DualProcessTrainer"] = trainer.Trainer.GET_NODE_INFO_V1()
     for name, settings, target in taught:

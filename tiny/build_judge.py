@@ -32,21 +32,21 @@ EDGE_ODDS, FULL_ODDS, RUIN_ODDS = 3.0, 5.5, -5.0  # wanted log-odds at the gap's
 
 
 class Texts:
-    """Questions as tokens of the real processor, padded on the right: ``tokens`` [P, L] and ``last`` [P], the place
-    whose next token is the answer."""
+    """Questions about ``pictures`` at once as tokens of the real processor, padded on the right: ``tokens`` [P, L] and
+    ``last`` [P], the place whose next token is the answer."""
 
-    def __init__(self, processor: Any, texts: Sequence[str], device: str) -> None:
-        rows = [self._tokens(processor, text) for text in texts]
+    def __init__(self, processor: Any, texts: Sequence[str], device: str, pictures: int = 1) -> None:
+        rows = [self._tokens(processor, text, pictures) for text in texts]
         self.last = torch.tensor([len(row) - 1 for row in rows], device=device)
         length = int(self.last.max()) + 2
         self.tokens = torch.tensor([row + [processor.tokenizer.pad_token_id] * (length - len(row)) for row in rows],
                                    device=device)
 
     @staticmethod
-    def _tokens(processor: Any, text: str) -> list[int]:
-        prompt = processor.apply_chat_template(chat(text), add_generation_prompt=True)
+    def _tokens(processor: Any, text: str, pictures: int) -> list[int]:
+        prompt = processor.apply_chat_template(chat(text, pictures), add_generation_prompt=True)
         picture = torch.zeros(3, scenes.SIDE, scenes.SIDE, dtype=torch.uint8)
-        return processor(text=prompt, images=[picture])["input_ids"][0]
+        return processor(text=prompt, images=[picture] * pictures)["input_ids"][0]
 
 
 class Prompts(Texts):
@@ -97,13 +97,16 @@ def image_features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def answer_logits(model: nn.Module, images: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-    """Logits [B, Q, K, V] at ``places`` [B, Q, K] of prompts [B, Q, L] about pictures in 0..1 [B, 3, S, S].
+    """Logits [B, Q, K, V] at ``places`` [B, Q, K] of prompts [B, Q, L] about pictures in 0..1 [B, 3, S, S], or about
+    several at once [B, N, 3, S, S].
 
     The vision tower runs once per picture. The result equals the model's own forward on the processor's output.
     """
     count, asked, length = tokens.shape
     embedded = model.get_input_embeddings()(tokens)
-    features = image_features(model, images)[:, None].expand(-1, asked, -1, -1).to(embedded.dtype)
+    shown = images if images.ndim == 5 else images[:, None]
+    features = image_features(model, shown.flatten(0, 1)).unflatten(0, shown.shape[:2]).flatten(1, 2)
+    features = features[:, None].expand(-1, asked, -1, -1).to(embedded.dtype)
     pictured = (tokens == model.config.image_token_id)[..., None]
     embedded = embedded.masked_scatter(pictured, features).flatten(0, 1)
     hidden = model.model.text_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
@@ -159,6 +162,11 @@ class Pictures:
             rows = torch.randint(0, len(self.pool[0]), (count // 2,), generator=self.generator).to(self.device)
             u[1::2], images[1::2] = self.pool[0][rows], self.pool[1][rows]
         return u, images
+
+    def known_pool(self) -> tuple[dict[str, Tensor], Tensor]:
+        """(measures, pictures [N, 3, 64, 64]) of what came through the generator."""
+        factors, images = self.pool
+        return scenes.attributes(factors), images
 
     def disturb(self, images: Tensor, share: float, most: int) -> None:
         """Disturb ``share`` of the pictures in place, four alike, each 1 to ``most`` times."""
@@ -316,7 +324,7 @@ def main_odds(model: nn.Module, prompts: Prompts, ids: dict[str, int], images: T
 
 
 def odds_of_yes(model: nn.Module, prompts: Texts, ids: dict[str, int], images: Tensor, asked: Tensor) -> Tensor:
-    """Log-odds of Yes [B, Q] for rows of prompts ``asked`` [B, Q] about pictures in 0..1 [B, 3, S, S]."""
+    """Log-odds of Yes [B, Q] for rows of prompts ``asked`` [B, Q] about pictures as in `answer_logits`."""
     logits = answer_logits(model, images, prompts.tokens[asked], prompts.last[asked][..., None])[:, :, 0]
     return logits[..., ids["yes"]] - logits[..., ids["no"]]
 

@@ -78,9 +78,9 @@ def new_model(processor: Any) -> Any:
     return model
 
 
-def chat(text: str) -> list[dict[str, Any]]:
-    """One question about one picture, as chat messages."""
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+def chat(text: str, pictures: int = 1) -> list[dict[str, Any]]:
+    """One question about one picture, or about several at once, as chat messages."""
+    return [{"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]}]
 
 
 def save_judge(model: Any, processor: Any, folder: Path) -> None:

@@ -42,3 +42,7 @@ KEEP_WORDINGS = ("Is this a clean picture of a landscape with two balls?", "Is t
 
 QUESTIONS = {name: (upper[0] + SUFFIX, lower[0] + SUFFIX) for name, (upper, lower) in WORDINGS.items()}
 KEEP_QUESTION = KEEP_WORDINGS[0] + SUFFIX
+
+# about the second of two pictures, for the judge that compares
+HIGHER = f"Is the horizon of the second picture higher than that of the first?{SUFFIX}"
+THICKER = f"Are the lines of the second picture thicker than those of the first?{SUFFIX}"

@@ -1,5 +1,6 @@
 """Teach the judge drawn guides: is the horizon on the red line, do the colours match the swatches, is the line as thick
-as the red stroke. What it answered before without a guide is held.
+as the red stroke, does the sky fill the outlined area; and to compare a picture with the one before (`pairs.py`). What
+it answered before without a guide is held. The letters of Depth Guide cannot be read at 64 px, by anybody.
 
 Wanted log-odds fall evenly with the distance between picture and guide, so that they lead there from anywhere.
 """
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
 
 from ..vlm.guides import (
+    COMPOSITION_QUESTION,
     HORIZON_QUESTION,
     LINE_WEIGHT_QUESTION,
     PALETTE_QUESTION,
+    Areas,
     Horizon,
     Palette,
     Stroke,
@@ -40,14 +43,15 @@ from .build_judge import (
     odds_of_yes,
 )
 from .build_student import Student, half_denoised
-from .build_vae import decode_sampler, encode_sampler
 from .judge_folder import IMAGE_TOKENS, new_processor, save_judge
+from .pairs import COMPARISONS, Pairs
 from .pictures import RUINS
 from .training import Average, descend, learning_rate
+from .wide_scenes import SPANS, any_measures, through
 
 log = logging.getLogger(__name__)
 
-LOOK_STEPS, LOOK_RATE, STEPS, RATE, SHOWN, PLAIN = 1000, 1e-3, 3600, 5e-4, 24, 4
+LOOK_STEPS, LOOK_RATE, STEPS, RATE, SHOWN, PLAIN, PAIRS = 1000, 1e-3, 3600, 5e-4, 24, 4, 12
 POOL = 1024  # pictures that came through the generator, and as many through the autoencoder alone
 ATTACK = 1.0  # L2 distance at most, over all channels and pixels
 SWATCHES = 1024  # scenes of every palette, whose colours are made swatches of
@@ -55,18 +59,18 @@ SWATCHES = 1024  # scenes of every palette, whose colours are made swatches of
 
 @dataclass(frozen=True)
 class Kind:
-    """A guide: its question, the span of values that pictures and guides have, and the distance between them at which
-    the answer turns from Yes to No; at ``far`` it is as sure as it can be."""
+    """A guide: its question, which of `SPANS` it is about, and the distance between picture and guide at which the
+    answer turns from Yes to No; at ``far`` it is as sure as it can be."""
 
     question: str
-    low: float
-    high: float
+    about: str
     near: float
     far: float
 
     def share(self, value: Tensor) -> Tensor:
-        """Where in the span a value lies, 0..1."""
-        return (value - self.low) / (self.high - self.low)
+        """Where in its span a value lies, 0..1."""
+        low, high = SPANS[self.about]
+        return (value - low) / (high - low)
 
     def odds(self, distance: Tensor) -> Tensor:
         """Wanted log-odds of Yes."""
@@ -75,12 +79,15 @@ class Kind:
 
 
 KINDS = {
-    "horizon": Kind(HORIZON_QUESTION, 0.16, 0.84, 0.06, 0.45),
-    "palette": Kind(PALETTE_QUESTION, 0.0, 1.0, 0.2, 0.9),
-    "line": Kind(LINE_WEIGHT_QUESTION, 1.0, 4.8, 0.5, 3.0),
+    "horizon": Kind(HORIZON_QUESTION, "horizon", 0.06, 0.45),
+    "palette": Kind(PALETTE_QUESTION, "palette", 0.2, 0.9),
+    "line": Kind(LINE_WEIGHT_QUESTION, "line", 0.5, 3.0),
+    "area": Kind(COMPOSITION_QUESTION, "horizon", 0.06, 0.45),
 }
 NAMES = list(KINDS)
-ASKED_ABOUT = ("horizon", "palette", "horizon", "line")  # in turn: that a line is on another is hardest to learn
+# in turn: that a line is on another is hardest to learn
+ASKED_ABOUT = ("horizon", "palette", "line", "horizon", "area", "line")
+SKY = "sky"  # what the outlined area is for
 
 
 class Swatches:
@@ -103,23 +110,25 @@ class Guided:
         self.pictures, self.wide, self.generator = pictures, wide, pictures.generator
         swatches = Swatches(self.generator)
         self.drawings: dict[str, Callable[[float], Drawing]] = {
-            "horizon": lambda value: Horizon(1 - value), "palette": swatches.at, "line": Stroke}
+            "horizon": lambda value: Horizon(1 - value), "palette": swatches.at, "line": Stroke,
+            "area": sky_area}
 
     def next(self, count: int = SHOWN) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(pictures [B, 3, 64, 64], drawings [B, 4, 64, 64], kinds [B], wanted log-odds [B], values [B, 6] of picture
-        and guide, as shares of their spans; NaN for guides that are not there)"""
+        """(pictures [B, 3, 64, 64], drawings [B, 4, 64, 64], kinds [B], wanted log-odds [B], values [B, 8] of
+        picture and guide, as shares of their spans; NaN for guides that are not there)"""
         g = self.generator
         images, values = self._pictures(count)
         kinds = torch.tensor([NAMES.index(name) for name in ASKED_ABOUT]).repeat(-(-count // len(ASKED_ABOUT)))[:count]
         drawings, odds = [], []
         shares = torch.full((count, 2 * len(NAMES)), torch.nan)
-        shares[:, : len(NAMES)] = torch.stack([KINDS[name].share(values[name]) for name in NAMES], 1)
+        shares[:, : len(NAMES)] = torch.stack([kind.share(values[kind.about]) for kind in KINDS.values()], 1)
         for row, name in enumerate(NAMES[kind] for kind in kinds.tolist()):
-            kind, value = KINDS[name], values[name][row]
-            span = kind.high - kind.low
-            guide = kind.low + span * torch.rand((), generator=g)
+            kind = KINDS[name]
+            value = values[kind.about][row]
+            low, high = SPANS[kind.about]
+            guide = low + (high - low) * torch.rand((), generator=g)
             if torch.rand((), generator=g) < 0.5:  # near the picture's own, where answers change
-                guide = (value + 6 * kind.near * (torch.rand((), generator=g) - 0.5)).clamp(kind.low, kind.high)
+                guide = (value + 6 * kind.near * (torch.rand((), generator=g) - 0.5)).clamp(low, high)
             drawings.append(self.drawings[name](guide.item()).draw(scenes.SIDE, scenes.SIDE))
             odds.append(kind.odds((value - guide).abs()))
             shares[row, len(NAMES) + NAMES.index(name)] = kind.share(guide)
@@ -135,34 +144,20 @@ class Guided:
         measures = any_measures(count, self.generator)
         images = scenes.draw(measures)
         ways = torch.randperm(count, generator=self.generator)
-        for rows, (known, pool) in ((ways[: count // 4], self.wide), (ways[count // 4: count * 5 // 8], self._pool())):
+        decoded, drawn = ways[: count // 4], ways[count // 4: count * 5 // 8]
+        for rows, (known, pool) in ((decoded, self.wide), (drawn, self.pictures.known_pool())):
             chosen = torch.randint(0, len(pool), (len(rows),), generator=self.generator)
             images[rows] = pool[chosen]
-            for name in NAMES:
+            for name in scenes.PROPERTIES:
                 measures[name][rows] = known[name][chosen]
         return images, measures
 
-    def _pool(self) -> tuple[dict[str, Tensor], Tensor]:
-        factors, images = self.pictures.pool
-        return scenes.attributes(factors), images
 
-
-def any_measures(count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Measures of scenes (see `scenes.attributes`) that fill the spans of guides evenly."""
-    measures = scenes.attributes(torch.rand(count, len(scenes.FACTORS), generator=generator))
-    for name, kind in KINDS.items():
-        measures[name] = kind.low + (kind.high - kind.low) * torch.rand(count, generator=generator)
-    measures["horizon_line"] = measures["line"]
-    measures["sun_y"] = 0.1 + 0.8 * torch.rand(count, generator=generator)
-    return measures
-
-
-def through(vae: nn.Module, count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-    """Measures of any scenes, and the scenes after encoding and decoding [N, 3, 64, 64]."""
-    measures = any_measures(count, generator)
-    with torch.no_grad():
-        parts = [decode_sampler(vae, encode_sampler(vae, part)).float() for part in scenes.draw(measures).split(64)]
-    return measures, torch.cat(parts)
+def sky_area(bottom: float) -> Areas:
+    """The part of the frame above this height, 0 (top) to 1, for the sky."""
+    mask = torch.zeros(1, scenes.SIDE * 4, scenes.SIDE * 4)
+    mask[:, : round(bottom * scenes.SIDE * 4)] = 1
+    return Areas(mask, (SKY,))
 
 
 def under(images: Tensor, drawings: Tensor) -> Tensor:
@@ -184,12 +179,13 @@ def teach_guides(first: Path, folder: Path, student: Path, vae: nn.Module, less:
     torch.manual_seed(19)
     start = time.time()
     pictures = Pictures(19, "cpu", half_denoised(Student(student, "cpu"), vae, pool, seed=14))
-    guided = Guided(pictures, through(vae, pool, pictures.generator))
+    wide = through(vae, pool, pictures.generator)
+    guided, pairs = Guided(pictures, wide), Pairs(pictures, wide)
     before, model = (AutoModelForImageTextToText.from_pretrained(first, dtype=torch.float32) for _ in range(2))
     before.requires_grad_(False)
     processor = new_processor()
     learn_to_look(model, before, guided, LOOK_STEPS // less)
-    learn_to_compare(model, before, processor, guided, STEPS // less).copy_to(model)
+    learn_to_compare(model, before, processor, guided, pairs, STEPS // less).copy_to(model)
     save_judge(model.half(), processor, folder)
     return {"seconds": time.time() - start}
 
@@ -218,10 +214,14 @@ def learn_to_look(model: nn.Module, before: nn.Module, guided: Guided, steps: in
             log.info("look %d/%d errors %s kept %.3f", step, steps, errors, kept.item())
 
 
-def learn_to_compare(model: nn.Module, before: nn.Module, processor: Any, guided: Guided, steps: int) -> Average:
-    """Train the whole model on questions with and without guides; returns the average of its weights."""
+def learn_to_compare(
+        model: nn.Module, before: nn.Module, processor: Any, guided: Guided, pairs: Pairs, steps: int) -> Average:
+    """Train the whole model on questions with and without guides, and about pairs; returns the average of its
+    weights."""
     ids, pictures = answer_ids(processor), guided.pictures
     plain, texts = Prompts(processor, "cpu"), Texts(processor, [kind.question for kind in KINDS.values()], "cpu")
+
+    compared = Texts(processor, [kind.question for kind in COMPARISONS.values()], "cpu", pictures=2)
 
     def judged(images: Tensor, drawings: Tensor, kinds: Tensor) -> Tensor:
         return odds_of_yes(model, texts, ids, under(images, drawings), kinds[:, None])[:, 0]
@@ -241,9 +241,13 @@ def learn_to_compare(model: nn.Module, before: nn.Module, processor: Any, guided
         kept = smooth_l1_loss(odds_of_yes(model, plain, ids, known, asked), held)
         odds = judged(images, drawings, kinds)
         taught = fault(odds, wanted)
-        descend(taught + 0.5 * kept, parameters, optimiser, learning_rate(step, steps, RATE))
+        shown, rows, difference = pairs.next(PAIRS)
+        told = odds_of_yes(model, compared, ids, shown, rows[:, None])[:, 0]
+        loss = taught + 0.5 * fault(told, difference) + 0.5 * kept
+        descend(loss, parameters, optimiser, learning_rate(step, steps, RATE))
         average.update(model)
-        recent.append((odds.detach(), wanted, kinds))
+        kinds = torch.cat((kinds, len(NAMES) + rows))
+        recent.append((torch.cat((odds, told)).detach(), torch.cat((wanted, difference)), kinds))
         if step % 50 == 49:
             log.info("guides %d/%d taught %.3f kept %.3f %s", step + 1, steps, taught.item(), kept.item(),
                      correlations(*map(torch.cat, zip(*recent, strict=True))))
@@ -257,6 +261,6 @@ def fault(odds: Tensor, wanted: Tensor) -> Tensor:
 
 
 def correlations(odds: Tensor, wanted: Tensor, kinds: Tensor) -> dict[str, float]:
-    """Of each kind, between the log-odds of a judge and those wanted."""
+    """Of each guide and comparison, between the log-odds of a judge and those wanted."""
     return {name: round(torch.corrcoef(torch.stack((odds[kinds == i], wanted[kinds == i])))[0, 1].item(), 2)
-            for i, name in enumerate(NAMES)}
+            for i, name in enumerate((*NAMES, *(f"{name} of pairs" for name in COMPARISONS)))}

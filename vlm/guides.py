@@ -23,6 +23,8 @@ LINE_WEIGHT_QUESTION = (
 )
 DEPTH_QUESTION = "Is Point B in the foreground and Point A in the background?" + _POSTFIX
 COMPOSITION_QUESTION = "Does the composition of the image match the overlaid red instructions?" + _POSTFIX
+# ours
+BEFORE_AFTER_QUESTION = "Are the colors of the second picture warmer than those of the first?" + _POSTFIX
 
 RED, WHITE = (230, 25, 25), (255, 255, 255)
 FINE = 4  # drawn this many times larger and then averaged, for smooth edges
