@@ -85,7 +85,7 @@ TURBO = Models(
 )
 
 ALL_CHANGES = {"anchor": 0.1}  # for colours, which the default holds too strongly
-TINY_COLOURS = ALL_CHANGES | {"steps": 300, "learning_rate": 0.003}  # they are learned late
+TINY_COLOURS = ALL_CHANGES | {"steps": 300}  # they are learned late
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
