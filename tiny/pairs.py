@@ -44,18 +44,15 @@ class Pairs:
 
     def next(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """(pictures [B, 2, 3, 64, 64], rows [B] of `COMPARISONS`, wanted log-odds [B])"""
-        g = self.pictures.generator
-        first, other = any_measures(count, g), any_measures(count, g)
-        rows = torch.arange(count) % len(COMPARISONS)
-        second = {name: value.clone() for name, value in first.items()}
-        apart = torch.rand(count, generator=g) < 1 / 3
-        for i, kind in enumerate(COMPARISONS.values()):
-            mine = rows == i
-            step = 3 * abs(kind.full) * (torch.rand(count, generator=g) - 0.5)
-            near = (first[kind.about] + step).clamp(*SPANS[kind.about])
-            second[kind.about][mine] = near[mine]
-        for name in second:
-            second[name][apart] = other[name][apart]
+        g, comparisons = self.pictures.generator, list(COMPARISONS.values())
+        rows = (torch.arange(count) % len(comparisons))[torch.randperm(count, generator=g)]
+        first, second = any_measures(count, g), any_measures(count, g)
+        for row in (torch.rand(count, generator=g) < 2 / 3).nonzero().flatten().tolist():
+            asked = comparisons[rows[row]]
+            for name in second:
+                second[name][row] = first[name][row]
+            step = 3 * abs(asked.full) * (torch.rand((), generator=g) - 0.5)
+            second[asked.about][row] = (first[asked.about][row] + step).clamp(*SPANS[asked.about])
         second["horizon_line"] = second["line"]
         shown = torch.stack((scenes.draw(first), scenes.draw(second)), 1)
         for row in range(0, count, 3):  # out of autoencoder or generator, the two in turn
@@ -64,13 +61,11 @@ class Pairs:
             shown[row] = pool[chosen]
             for name in scenes.PROPERTIES:
                 first[name][row], second[name][row] = known[name][chosen]
-        wanted = torch.stack([kind.odds(first[kind.about], second[kind.about]) for kind in COMPARISONS.values()])
+        wanted = torch.stack([asked.odds(first[asked.about], second[asked.about]) for asked in comparisons])
         odds = wanted.gather(0, rows[None])[0]
         for row in torch.randperm(count, generator=g)[: count // 8].tolist():
             shown[row, 1:] = self.pictures.pick(RUINS)(shown[row, 1:], g)
             odds[row] = -FULL_ODDS
         for place in (0, 1):
-            part = shown[:, place].clone()
-            self.pictures.disturb(part, 1 / 2, 1)
-            shown[:, place] = part
+            self.pictures.disturb(shown[:, place], 1 / 2, 1)
         return shown, rows, odds
