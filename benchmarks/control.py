@@ -89,6 +89,7 @@ def main() -> None:
             changed = replace(TEMPLATES[about], steps=TEMPLATE.steps, **settings)
             teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, **choices)
     guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
+    guided.save_examples(table, laboratory)
     print(f"{summary(table.rows)}\n\n{guided.summary(table.rows)}")
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torchvision.utils import save_image
 
 from dual_process.benchmarks.bundled import TEMPLATE, TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, Table
@@ -104,6 +106,21 @@ def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool
         if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), COMPARED):
             least = math.copysign(MOVED[about], comparison.full)
             table.add(name, 0, lesson, {}, {"moved": moved(lesson.before, lesson.after, about, least)})
+
+
+def save_examples(table: Table, laboratory: Laboratory) -> None:
+    """Beside the table, as a picture: a column for each guide's value whose LoRA is there; on top what the judge is shown
+    of a seed before training, then four seeds with the LoRA."""
+    untaught, columns = laboratory.draw(count=1), []
+    for kind, (drawing, values) in GUIDES.items():
+        for value in values:
+            lora = table.lora(f"guide, {kind} {value:g}", 0)
+            if lora.exists():
+                guide = Overlay(drawing(wanted_scene(KINDS[kind].about, value)[0], value))
+                pictures = torch.cat([*guide.shown([untaught]), laboratory.draw([load_file(lora)], 4, batch=4)])
+                columns.append(torch.cat(list(pictures), dim=1))
+    if columns:
+        save_image(torch.stack(columns), table.file.with_name(f"{table.file.stem}_guides.png"), nrow=len(columns))
 
 
 def summary(rows: list[dict]) -> str:
