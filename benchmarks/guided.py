@@ -109,8 +109,8 @@ def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool
 
 
 def save_examples(table: Table, laboratory: Laboratory) -> None:
-    """Beside the table, as a picture: a column for each guide's value whose LoRA is there; on top what the judge is shown
-    of a seed before training, then four seeds with the LoRA."""
+    """Beside the table, as a picture: a column for each guide's value whose LoRA is there; on top what the judge is
+    shown of a seed before training, then four seeds with the LoRA."""
     untaught, columns = laboratory.draw(count=1), []
     for kind, (drawing, values) in GUIDES.items():
         for value in values:
