@@ -3,8 +3,9 @@
 `python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
 property both ways (the first seed's LoRAs are also drawn at strengths from -1 to 2), two properties at once and as two
 LoRAs, ten times the steps at five times the rate, the published recipe, every guard taken away, one at a time (in
-batches of half the size), and several values of guides (guided.py). Rows that are in FILE already are not taught again,
-so a stopped run goes on where it was; pictures and LoRAs lie beside it. Ends with tables of all rows.
+batches of half the size), several values of guides, and comparisons with the picture before (guided.py). Rows that are
+in FILE already are not taught again, also if the bundled judges have changed since, so a stopped run goes on where it
+was; pictures and LoRAs lie beside it, FILE_guides.png shows all guides. Ends with tables of all rows.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ before. The judge is the bundled one that reads guides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import save_image
 
-from dual_process.benchmarks.bundled import TEMPLATE, TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, Table
 from dual_process.demo.comfyui import PACK
 from dual_process.demo.lessons import FOLLOWING
@@ -43,7 +43,7 @@ MOVED = {"horizon": 0.04, "palette": 0.1, "line": 0.3}  # what counts as differe
 TARGET = FOLLOWING["target"]
 FOLLOWED = {"held": FOLLOWING["stop_at"], "drift_limit": FOLLOWING["drift_limit"]}
 SETTINGS = {name: replace(TEMPLATES[KINDS[name].about], **FOLLOWED) for name in GUIDES}
-COMPARED = replace(TEMPLATE, **FOLLOWED)
+COMPARED = {about: replace(TEMPLATES[about], **FOLLOWED) for about in COMPARISONS}
 
 
 def wanted_scene(about: str, value: float) -> Tensor:
@@ -52,6 +52,15 @@ def wanted_scene(about: str, value: float) -> Tensor:
     measures[about] = torch.tensor([value])
     measures["horizon_line"] = measures["line"]
     return scenes.draw(measures)
+
+
+def guides(seldom: bool = False) -> Iterator[tuple[str, str, Tensor, Overlay]]:
+    """Every value of every guide, or three of the five: a row's name, the kind, a scene [1, 3, 64, 64] that has what is
+    wanted, the guide."""
+    for kind, (drawing, values) in GUIDES.items():
+        for value in values[:: 2 if seldom else 1]:
+            scene = wanted_scene(KINDS[kind].about, value)
+            yield f"guide, {kind} {value:g}", kind, scene, Overlay(drawing(scene[0], value))
 
 
 def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
@@ -69,15 +78,16 @@ def followed(pictures: Tensor, about: str, target: float) -> dict[str, float]:
 
 
 def moved(before: Tensor, after: Tensor, about: str, least: float) -> dict[str, float]:
-    """Of pictures [N, 3, H, W] that are clean before and after, seed by seed: how far the measure moved as a mean, the
-    share in which it moved by ``least`` or more (towards the other side: less than nothing); share that is clean."""
+    """Of pictures [N, 3, H, W] that are clean before and after, seed by seed: how far the measure moved as a mean, and
+    the share in which it moved by ``least`` or more, whose sign is that of the wanted way; share of ``after`` that is
+    clean. Where no pair is clean, nothing but that."""
     first, second = measure(before), measure(after)
     clean = first["readable"] & second["readable"]
     steps = (second[MEASURES[about]] - first[MEASURES[about]])[clean]
+    readable = share(second["readable"])
     if not len(steps):
-        return {"readable": 0.0}
-    right_way = steps <= least if least < 0 else steps >= least
-    return {"mean": steps.mean().item(), "moved": share(right_way), "readable": share(second["readable"])}
+        return {"readable": readable}
+    return {"mean": steps.mean().item(), "moved": share(steps / least >= 1), "readable": readable}
 
 
 def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool = False) -> None:
@@ -92,18 +102,15 @@ def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool
         goal = Objective([question, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
         return laboratory.learn(goal, settings, batch=BATCH)
 
-    for kind, (drawing, values) in GUIDES.items():
-        about = KINDS[kind].about
-        for value in values[:: 2 if seldom else 1]:
-            name, scene = f"guide, {kind} {value:g}", wanted_scene(about, value)
-            asked = Question(KINDS[kind].question, guide=Overlay(drawing(scene[0], value)))
-            if lesson := learn(name, asked, SETTINGS[kind]):
-                target = measure(scene)[MEASURES[about]].item()
-                before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
-                table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
+    for name, kind, scene, guide in guides(seldom):
+        if lesson := learn(name, Question(KINDS[kind].question, guide=guide), SETTINGS[kind]):
+            about = KINDS[kind].about
+            target = measure(scene)[MEASURES[about]].item()
+            before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
+            table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
     for about, comparison in COMPARISONS.items():
         name = f"before and after, {about}"
-        if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), COMPARED):
+        if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), COMPARED[about]):
             least = math.copysign(MOVED[about], comparison.full)
             table.add(name, 0, lesson, {}, {"moved": moved(lesson.before, lesson.after, about, least)})
 
@@ -112,13 +119,11 @@ def save_examples(table: Table, laboratory: Laboratory) -> None:
     """Beside the table, as a picture: a column for each guide's value whose LoRA is there; on top what the judge is
     shown of a seed before training, then four seeds with the LoRA."""
     untaught, columns = laboratory.draw(count=1), []
-    for kind, (drawing, values) in GUIDES.items():
-        for value in values:
-            lora = table.lora(f"guide, {kind} {value:g}", 0)
-            if lora.exists():
-                guide = Overlay(drawing(wanted_scene(KINDS[kind].about, value)[0], value))
-                pictures = torch.cat([*guide.shown([untaught]), laboratory.draw([load_file(lora)], 4, batch=4)])
-                columns.append(torch.cat(list(pictures), dim=1))
+    for name, _, _, guide in guides():
+        lora = table.lora(name, 0)
+        if lora.exists():
+            pictures = torch.cat([*guide.shown([untaught]), laboratory.draw([load_file(lora)], 4, batch=4)])
+            columns.append(torch.cat(list(pictures), dim=1))
     if columns:
         save_image(torch.stack(columns), table.file.with_name(f"{table.file.stem}_guides.png"), nrow=len(columns))
 
@@ -141,7 +146,11 @@ def summary(rows: list[dict]) -> str:
             f"| {kind} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {1 - after / before:.0%} "
             f"| {follows:.2f} | {clean:.1%} |"
         )
-    lines += ["", "| before and after | moved by | moved enough | clean | steps |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| before and after | moved by | moved enough (of clean pairs) | clean | steps |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         if row["row"].startswith("before and after, ") and "mean" in row["moved"]:
             found = row["moved"]

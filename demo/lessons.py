@@ -216,7 +216,7 @@ TINY_GUIDED_LESSONS = [
         KEEP_QUESTION,
         guide="DualProcessBeforeAfterGuide",
         guide_values={"question": HIGHER},
-        try_this=f"Another question: *{THICKER.removesuffix(SUFFIX)}*{SUFFIX}",
+        try_this=f"Write another question into *Before/After Guide*: `{THICKER}`",
         training=FOLLOWING,
     ),
 ]
@@ -299,6 +299,7 @@ LESSONS = [
         "a photo of a beach",
         "Is this a photo of a beach?" + SUFFIX,
         guide="DualProcessBeforeAfterGuide",
+        training=ALL_CHANGES,
         try_this='Ask for another change: "Is the second picture more ... than the first? Answer with Yes or No." '
         "The judge has to be a model that takes two pictures at once.",
     ),

@@ -192,14 +192,16 @@ def training_note(lesson: Lesson, models: Models) -> str:
             f"**{lesson.name}** - runs on any machine, also without a GPU, with the pack's own tiny models.\n\n"
             f"{lesson.about}\n\n{numbered(steps)}\n\n{models.knows}\n"
         )
-    differs = "differs in the loaders, the picture size and number, the prompt, and the trainer's settings"
-    tiny = f"The tiny version {differs}, and asks another question.\n"
-    if lesson.name + WITH_A_GUIDE in {other.name for other in TINY_GUIDED_LESSONS}:
-        tiny = f"The tiny version, *{lesson.name}{WITH_A_GUIDE}*, {differs}.\n"
+    twin = lesson.name + WITH_A_GUIDE
+    if twin in {one.name for one in TINY_GUIDED_LESSONS}:
+        tiny = f"The tiny version, *{twin}*, differs in the loaders, the guide's values, what has to stay"
+    else:
+        tiny = "The tiny version differs in the loaders, the questions"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
         "**Not measured:** nobody has made a result with these weights yet. Learning rate, steps and rank are near "
-        f"the paper's and a place to start from.\n\n{tiny}"
+        f"the paper's and a place to start from.\n\n{tiny}, the picture size and number, the prompt, and the trainer's "
+        "settings.\n"
     )
 
 

@@ -21,7 +21,7 @@ FRAME = SIDE - BAR  # px of a sketch
 
 def pairs(before: list[Image.Image], after: list[Image.Image], wanted: dict[str, str]) -> Image.Image:
     """The first eight pairs in which the after picture is the first to hold the wanted answers (property -> answer, see
-    ``tiny.oracles``), or the very first where none are wanted; before on the left."""
+    ``tiny.oracles``), or the first eight of all where none are wanted; before on the left."""
     found = []
     for pair in zip(before, after):
         small = torch.stack([_pixels(_fitted(picture, 64)) for picture in pair])

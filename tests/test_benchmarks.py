@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,3 +339,58 @@ def test_what_moved_is_told_seed_by_seed():
     assert moved(after, before, "horizon", 0.04)["moved"] == pytest.approx(2 / 3)
     row = {"row": "before and after, horizon", "steps": 90, "moved": found}
     assert summary([row]).splitlines()[-1] == "| horizon | -0.07 | 66.7% | 100.0% | 90 |"
+
+
+@pytest.mark.parametrize("held_at, looks, seconds", [(4, True, 6.0), (4, False, 4.0), (8, True, 10.0), (9, True, None)])
+def test_until_held_counts_what_it_says(monkeypatch, held_at, looks, seconds):
+    """Steps of a second and looks of another, after steps 4 and 8; the last look comes after the last step."""
+    from dual_process.benchmarks import held
+    from dual_process.tiny import scenes
+    from dual_process.trainers.dual_process import Run, Settings
+    from dual_process.trainers.looks import Check
+
+    low, high = (scenes.render(torch.full((10, 8), 0.25) + torch.eye(8)[0] * up) for up in (0.0, 0.5))
+    now = [0.0]
+    monkeypatch.setattr(held.time, "process_time", lambda: now[0])
+
+    def train(student, judge, objective, settings, watch):
+        run = Run(checks=[Check(0, [], low)])
+        for step in range(1, 9):
+            now[0] += 1
+            watch(run, None)
+            if step % 4 == 0:
+                now[0] += 1
+                run.checks.append(Check(step, [], high if step >= held_at else low))
+        return run
+
+    monkeypatch.setattr(held, "train", train)
+    judge = SimpleNamespace(judge=None, patcher=None)
+    student = SimpleNamespace(run=lambda loop, beside: loop())
+    laboratory = SimpleNamespace(student=lambda seed: student, judge=judge)
+    found = held.until_held(laboratory, "horizon Yes", Settings(), None, looks)
+    assert found["seconds"] == seconds and found["steps"] == (4 if held_at == 4 else 8)
+    assert found["shares"] == [float(step >= held_at) for step in (4, 8)][: len(found["shares"])]
+    assert set(found["clean"]) == {1.0}
+
+
+def test_guides_are_shown_above_what_came_of_them(tmp_path):
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from dual_process.benchmarks.guided import guides, save_examples
+    from dual_process.benchmarks.table import Table
+
+    table = Table(tmp_path / "rows.json")
+    names = [name for name, *_ in guides()][3:5]
+    for name in names:
+        save_file({"name": torch.full((1,), float(len(name)))}, table.lora(name, 0))
+    drawn = []
+
+    def draw(loras=(), count=1, batch=16):
+        drawn.append([lora["name"].item() for lora in loras])
+        return torch.full((count, 3, 64, 64), 0.5)
+
+    save_examples(table, SimpleNamespace(draw=draw))
+    assert drawn == [[], [len(names[0])], [len(names[1])]]
+    with Image.open(tmp_path / "rows_guides.png") as sheet:
+        assert sheet.size == (2 * 66 + 2, 5 * 64 + 4)

@@ -1,8 +1,8 @@
 """Rebuild the bundled tiny models from fixed seeds: ``python -m dual_process.tiny.build``.
 
 Stages: autoencoder, judge, student, judge again on the student's pictures, judge again on ruins, a judge that reads
-guides too, check. Each leaves its record in the work folder and is skipped when that is there, so that a stopped build
-goes on where it was.
+guides too and compares two pictures, check. Each leaves its record in the work folder and is skipped when that is
+there, so that a stopped build goes on where it was.
 """
 
 from __future__ import annotations

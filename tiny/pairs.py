@@ -29,15 +29,16 @@ class Comparison:
         return FULL_ODDS * ((second - first) / self.full).clamp(-1, 1)
 
 
+WARMER = Comparison(BEFORE_AFTER_QUESTION, "palette", 0.5)
 COMPARISONS = {
-    "palette": Comparison(BEFORE_AFTER_QUESTION, "palette", 0.5),
-    "horizon": Comparison(HIGHER, "horizon", -0.3),
-    "line": Comparison(THICKER, "line", 2.0),
+    asked.about: asked
+    for asked in (WARMER, Comparison(HIGHER, "horizon", -0.3), Comparison(THICKER, "line", 2.0))
 }
 
 
 class Pairs:
-    """Endless pairs of scenes: a third has nothing in common, the others are one scene with one measure changed."""
+    """Endless pairs of scenes: a third are any two out of autoencoder or generator; of the others two thirds are one
+    scene with one measure changed, the rest any two. In an eighth of all the second picture is ruined."""
 
     def __init__(self, pictures: Pictures, wide: tuple[dict[str, Tensor], Tensor]) -> None:
         self.pictures, self.wide = pictures, wide
@@ -53,7 +54,6 @@ class Pairs:
                 second[name][row] = first[name][row]
             step = 3 * abs(asked.full) * (torch.rand((), generator=g) - 0.5)
             second[asked.about][row] = (first[asked.about][row] + step).clamp(*SPANS[asked.about])
-        second["horizon_line"] = second["line"]
         shown = torch.stack((scenes.draw(first), scenes.draw(second)), 1)
         for row in range(0, count, 3):  # out of autoencoder or generator, the two in turn
             known, pool = self.wide if row % 2 else self.pictures.known_pool()
@@ -67,5 +67,5 @@ class Pairs:
             shown[row, 1:] = self.pictures.pick(RUINS)(shown[row, 1:], g)
             odds[row] = -FULL_ODDS
         for place in (0, 1):
-            self.pictures.disturb(shown[:, place], 1 / 2, 1)
+            self.pictures.disturb(shown[:, place], 1 / 3, 1)
         return shown, rows, odds

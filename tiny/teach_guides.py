@@ -47,7 +47,7 @@ from .judge_folder import IMAGE_TOKENS, new_processor, save_judge
 from .pairs import COMPARISONS, Pairs
 from .pictures import RUINS
 from .training import Average, descend, learning_rate
-from .wide_scenes import SPANS, any_measures, through
+from .wide_scenes import SPANS, any_measures, share_of_span, through
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,6 @@ class Kind:
     near: float
     far: float
 
-    def share(self, value: Tensor) -> Tensor:
-        """Where in its span a value lies, 0..1."""
-        low, high = SPANS[self.about]
-        return (value - low) / (high - low)
-
     def odds(self, distance: Tensor) -> Tensor:
         """Wanted log-odds of Yes."""
         inside, outside = 1 - distance / self.near, -(distance - self.near) / (self.far - self.near)
@@ -85,7 +80,7 @@ KINDS = {
     "area": Kind(COMPOSITION_QUESTION, "horizon", 0.06, 0.45),
 }
 NAMES = list(KINDS)
-# in turn: that a line is on another is hardest to learn
+# in turn: whether a line is on another or as thick as another is hardest to learn
 ASKED_ABOUT = ("horizon", "palette", "line", "horizon", "area", "line")
 SKY = "sky"  # what the outlined area is for
 
@@ -104,7 +99,8 @@ class Swatches:
 
 
 class Guided:
-    """Endless pictures with guides: scenes of any height, colour and stroke, half of them out of the generator."""
+    """Endless pictures with guides: scenes of any height, colour and stroke, a quarter out of the autoencoder and three
+    eighths out of the generator."""
 
     def __init__(self, pictures: Pictures, wide: tuple[dict[str, Tensor], Tensor]) -> None:
         self.pictures, self.wide, self.generator = pictures, wide, pictures.generator
@@ -114,14 +110,14 @@ class Guided:
             "area": sky_area}
 
     def next(self, count: int = SHOWN) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(pictures [B, 3, 64, 64], drawings [B, 4, 64, 64], kinds [B], wanted log-odds [B], values [B, 8] of
-        picture and guide, as shares of their spans; NaN for guides that are not there)"""
+        """(pictures [B, 3, 64, 64], drawings [B, 4, 64, 64], kinds [B], wanted log-odds [B], values [B, 7] of
+        picture (`SPANS`) and guide (`KINDS`), as shares of their spans; NaN for guides that are not there)"""
         g = self.generator
         images, values = self._pictures(count)
         kinds = torch.tensor([NAMES.index(name) for name in ASKED_ABOUT]).repeat(-(-count // len(ASKED_ABOUT)))[:count]
         drawings, odds = [], []
-        shares = torch.full((count, 2 * len(NAMES)), torch.nan)
-        shares[:, : len(NAMES)] = torch.stack([kind.share(values[kind.about]) for kind in KINDS.values()], 1)
+        shares = torch.full((count, len(SPANS) + len(NAMES)), torch.nan)
+        shares[:, : len(SPANS)] = torch.stack([share_of_span(name, values[name]) for name in SPANS], 1)
         for row, name in enumerate(NAMES[kind] for kind in kinds.tolist()):
             kind = KINDS[name]
             value = values[kind.about][row]
@@ -131,11 +127,11 @@ class Guided:
                 guide = (value + 6 * kind.near * (torch.rand((), generator=g) - 0.5)).clamp(low, high)
             drawings.append(self.drawings[name](guide.item()).draw(scenes.SIDE, scenes.SIDE))
             odds.append(kind.odds((value - guide).abs()))
-            shares[row, len(NAMES) + NAMES.index(name)] = kind.share(guide)
+            shares[row, len(SPANS) + NAMES.index(name)] = share_of_span(kind.about, guide)
         for row in torch.randperm(count, generator=g)[: count // 8].tolist():
             images[row:row + 1] = self.pictures.pick(RUINS)(images[row:row + 1], g)
             odds[row] = torch.tensor(-FULL_ODDS)
-            shares[row, : len(NAMES)] = torch.nan
+            shares[row, : len(SPANS)] = torch.nan
         self.pictures.disturb(images, 1 / 2, 1)
         return images, torch.stack(drawings), kinds, torch.stack(odds), shares
 
@@ -144,8 +140,8 @@ class Guided:
         measures = any_measures(count, self.generator)
         images = scenes.draw(measures)
         ways = torch.randperm(count, generator=self.generator)
-        decoded, drawn = ways[: count // 4], ways[count // 4: count * 5 // 8]
-        for rows, (known, pool) in ((decoded, self.wide), (drawn, self.pictures.known_pool())):
+        decoded, generated = ways[: count // 4], ways[count // 4: count * 5 // 8]
+        for rows, (known, pool) in ((decoded, self.wide), (generated, self.pictures.known_pool())):
             chosen = torch.randint(0, len(pool), (len(rows),), generator=self.generator)
             images[rows] = pool[chosen]
             for name in scenes.PROPERTIES:
@@ -196,7 +192,7 @@ def learn_to_look(model: nn.Module, before: nn.Module, guided: Guided, steps: in
 
     Whether two measures agree is hard to learn from answers alone, for someone who cannot see them yet.
     """
-    head = nn.Linear(model.config.text_config.hidden_size * IMAGE_TOKENS, 2 * len(NAMES))
+    head = nn.Linear(model.config.text_config.hidden_size * IMAGE_TOKENS, len(SPANS) + len(NAMES))
     parameters = [*model.model.vision_model.parameters(), *model.model.connector.parameters(), *head.parameters()]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
@@ -220,7 +216,6 @@ def learn_to_compare(
     weights."""
     ids, pictures = answer_ids(processor), guided.pictures
     plain, texts = Prompts(processor, "cpu"), Texts(processor, [kind.question for kind in KINDS.values()], "cpu")
-
     compared = Texts(processor, [kind.question for kind in COMPARISONS.values()], "cpu", pictures=2)
 
     def judged(images: Tensor, drawings: Tensor, kinds: Tensor) -> Tensor:
@@ -241,13 +236,13 @@ def learn_to_compare(
         kept = smooth_l1_loss(odds_of_yes(model, plain, ids, known, asked), held)
         odds = judged(images, drawings, kinds)
         taught = fault(odds, wanted)
-        shown, rows, difference = pairs.next(PAIRS)
+        shown, rows, wanted_told = pairs.next(PAIRS)
         told = odds_of_yes(model, compared, ids, shown, rows[:, None])[:, 0]
-        loss = taught + 0.5 * fault(told, difference) + 0.5 * kept
+        loss = taught + 0.5 * fault(told, wanted_told) + 0.5 * kept
         descend(loss, parameters, optimiser, learning_rate(step, steps, RATE))
         average.update(model)
         kinds = torch.cat((kinds, len(NAMES) + rows))
-        recent.append((torch.cat((odds, told)).detach(), torch.cat((wanted, difference)), kinds))
+        recent.append((torch.cat((odds, told)).detach(), torch.cat((wanted, wanted_told)), kinds))
         if step % 50 == 49:
             log.info("guides %d/%d taught %.3f kept %.3f %s", step + 1, steps, taught.item(), kept.item(),
                      correlations(*map(torch.cat, zip(*recent, strict=True))))

@@ -22,6 +22,12 @@ def any_measures(count: int, generator: torch.Generator) -> dict[str, Tensor]:
     return measures
 
 
+def share_of_span(name: str, value: Tensor) -> Tensor:
+    """Where in its span a value lies, 0..1."""
+    low, high = SPANS[name]
+    return (value - low) / (high - low)
+
+
 def through(vae: nn.Module, count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     """Measures of any scenes, and the scenes after encoding and decoding [N, 3, 64, 64]."""
     measures = any_measures(count, generator)
