@@ -45,7 +45,7 @@ def test_the_benchmarks_teach_as_the_templates_do(trainer):
     taught = [(name, TEMPLATES[about], Objective.target) for about, name in NAMES.items()]
     names = NAMES | {"area": "Teach a composition"}
     taught += [(names[kind] + WITH_A_GUIDE, guided.SETTINGS[kind], guided.TARGET) for kind in guided.GUIDES]
-    taught.append(("Compare before and after", guided.COMPARED, guided.TARGET))
+    taught.append(("Compare before and after", guided.COMPARED["horizon"], guided.TARGET))
     info = {node["type"]: {"input": {}} for name, _, _ in taught for node in template(name)["nodes"]}
     info["DualProcessTrainer"] = trainer.Trainer.GET_NODE_INFO_V1()
     for name, settings, target in taught:
