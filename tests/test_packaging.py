@@ -83,3 +83,22 @@ def box(left, top, width, height):
 def test_no_pickle_among_the_bundled_files():
     risky = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
     assert [path for path in (ROOT / "tiny").rglob("*") if path.suffix in risky] == []
+
+
+def test_a_thumbnail_shows_the_first_pairs_that_were_taught_or_simply_the_first():
+    import torch
+    from torchvision.transforms.functional import to_pil_image
+
+    from dual_process.demo.thumbnails import pairs
+    from dual_process.tiny import scenes
+
+    low, high = (to_pil_image(scenes.render(torch.full((1, 8), 0.25) + torch.eye(8)[:1] * up)[0]) for up in (0.0, 0.5))
+    before, after = [high, low, low], [high, low, high]
+
+    def shown(wanted):
+        """Whether the places of the first, the second and the third pair are filled."""
+        sheet = pairs(before, after, wanted).convert("L")
+        return [sheet.getpixel((x, 60)) > 60 for x in (60, 300)] + [sheet.getpixel((60, 170)) > 60]
+
+    assert shown({"horizon": "Yes"}) == [True, False, False]
+    assert shown({}) == [True, True, True]
