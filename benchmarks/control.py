@@ -19,14 +19,13 @@ from safetensors.torch import load_file
 
 from dual_process.benchmarks import guided
 from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
-from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table
+from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table, largest_change
 from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
 
 SLID = [f"{about} Yes" for about in PROPERTIES]
 EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
-GUARDS = ("luminance", "saturation", "edge_density", "colour_entropy")
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
@@ -106,14 +105,14 @@ def summary(rows: list[dict]) -> str:
         if not found:
             continue
         oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
-        largest = max((abs(one["changes"][guard]), guard) for one in found for guard in GUARDS)
+        changed = largest_change([one["changes"] for one in found])
         diversity = min(one["changes"]["diversity"] for one in found)
         drifts = [row["drift"] for row in seeds if row.get("drift") is not None]
         drift = f"{max(drifts):.0%}" if drifts else "-"
         steps = sum(row["steps"] for row in seeds) / len(seeds)
         lines.append(
             f"| {name} | {sum(oracle) / len(oracle):.1%} | {min(oracle):.1%} | {sum(clean) / len(clean):.1%} "
-            f"| {largest[1].replace('_', ' ')} {largest[0]:.0%} | {diversity:+.0%} | {drift} | {steps:.0f} |"
+            f"| {changed} | {diversity:+.0%} | {drift} | {steps:.0f} |"
         )
     return "\n".join(lines)
 

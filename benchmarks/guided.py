@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, Lesson, share
-from dual_process.benchmarks.table import MEASURES, Table
+from dual_process.benchmarks.table import MEASURES, Table, largest_change
 from dual_process.demo.comfyui import PACK
 from dual_process.demo.lessons import FOLLOWING
 from dual_process.tiny import scenes
@@ -26,6 +26,7 @@ from dual_process.tiny.pairs import COMPARISONS
 from dual_process.tiny.questions import KEEP_QUESTION
 from dual_process.tiny.teach_guides import KINDS, sky_area
 from dual_process.trainers.dual_process import Settings
+from dual_process.trainers.guards import changes
 from dual_process.trainers.objective import MARGIN, Objective
 from dual_process.vlm.guides import Horizon, Palette, Stroke, palette_of
 from dual_process.vlm.overlay import BeforeAfter, Drawing, Overlay
@@ -107,12 +108,14 @@ def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool
             about = KINDS[kind].about
             target = measure(scene)[MEASURES[about]].item()
             before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
-            table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after})
+            changed = changes(lesson.before, lesson.after)
+            table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after, "changes": changed})
     for about, comparison in COMPARISONS.items():
         name = f"before and after, {about}"
         if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), COMPARED[about]):
             least = math.copysign(MOVED[about], comparison.full)
-            table.add(name, 0, lesson, {}, {"moved": moved(lesson.before, lesson.after, about, least)})
+            found = moved(lesson.before, lesson.after, about, least)
+            table.add(name, 0, lesson, {}, {"moved": found, "changes": changes(lesson.before, lesson.after)})
 
 
 def save_examples(table: Table, laboratory: Laboratory) -> None:
@@ -131,7 +134,10 @@ def save_examples(table: Table, laboratory: Laboratory) -> None:
 def summary(rows: list[dict]) -> str:
     """Markdown: a line for each guide, with the mean distance to it before and after, over all of its values at which a
     picture stayed clean; then a line for each comparison."""
-    columns = "guide, targets, means after, distance before, after, less by, correlation, clean".split(", ")
+    columns = (
+        "guide, targets, means after, distance before, after, less by, correlation, clean, largest change, diversity"
+    )
+    columns = columns.split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for kind in GUIDES:
         found = [row for row in rows if row["row"].startswith(f"guide, {kind} ") and "error" in row["after"]]
@@ -144,17 +150,23 @@ def summary(rows: list[dict]) -> str:
         listed = (", ".join(f"{value:.2f}" for value in values) for values in (targets, means))
         lines.append(
             f"| {kind} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {1 - after / before:.0%} "
-            f"| {follows:.2f} | {clean:.1%} |"
+            f"| {follows:.2f} | {clean:.1%} | {guarded(found)} |"
         )
     lines += [
         "",
-        "| before and after | moved by | moved enough (of clean pairs) | clean | steps |",
-        "|---|---|---|---|---|",
+        "| before and after | moved by | moved enough (of clean pairs) | clean | steps | largest change | diversity |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["row"].startswith("before and after, ") and "mean" in row["moved"]:
             found = row["moved"]
             about = row["row"].split(", ")[1]
             numbers = f"{found['mean']:+.2f} | {found['moved']:.1%} | {found['readable']:.1%}"
-            lines.append(f"| {about} | {numbers} | {row['steps']} |")
+            lines.append(f"| {about} | {numbers} | {row['steps']} | {guarded([row])} |")
     return "\n".join(lines)
+
+
+def guarded(rows: list[dict]) -> str:
+    """The largest change of any row against base, whatever was asked for, and of diversity."""
+    found = [row["changes"] for row in rows]
+    return f"{largest_change(found)} | {min(one['diversity'] for one in found):+.0%}"

@@ -14,6 +14,7 @@ from dual_process.trainers.guards import largest_fault
 
 PROPERTIES = ("horizon", "palette", "line", "depth")
 MEASURES = {"horizon": "horizon", "palette": "warmth", "line": "line", "depth": "depth"}  # of the oracle
+GUARDS = ("luminance", "saturation", "edge_density", "colour_entropy")
 
 
 class Table:
@@ -56,3 +57,9 @@ def others(pictures: Tensor) -> dict[str, float]:
         return {}
     shares = {about: share(holds(pictures, about)[clean]) for about in PROPERTIES}
     return {**shares, "sun": share(found["sun"][clean])}
+
+
+def largest_change(changes: list[dict[str, float]]) -> str:
+    """The largest change of luminance, saturation, edges or colour entropy of several rows, in words."""
+    size, guard = max((abs(one[guard]), guard) for one in changes for guard in GUARDS)
+    return f"{guard.replace('_', ' ')} {size:.0%}"

@@ -240,7 +240,8 @@ def test_compile(pair, monkeypatch):
 
 
 def test_rows_without_a_look_or_from_an_earlier_file_are_summed_up():
-    from dual_process.benchmarks.control import GUARDS, summary
+    from dual_process.benchmarks.control import summary
+    from dual_process.benchmarks.table import GUARDS
 
     found = {"oracle": 1.0, "readable": 0.5, "changes": dict.fromkeys((*GUARDS, "diversity"), 0.0)}
     rows = [{"row": "taught", "seed": seed, "steps": 10, "horizon Yes": found} for seed in range(3)]
@@ -316,19 +317,22 @@ def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
 def test_guides_are_summed_up_over_their_values():
     from dual_process.benchmarks import control
     from dual_process.benchmarks.guided import summary
+    from dual_process.benchmarks.table import GUARDS
 
     rows = [
         {"row": f"guide, horizon {target}", "target": target, "before": {"error": 0.2}}
         | {"after": {"error": 0.05, "mean": target + 0.05, "readable": 1.0}}
+        | {"changes": dict.fromkeys(GUARDS, 0.01) | {"saturation": -target, "diversity": 0.1 - target}}
         for target in (0.3, 0.5, 0.7)
     ]
-    assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% |")
+    assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% | saturation 70% | -60% |")
     assert len(control.summary(rows).splitlines()) == 2, "these are no rows of its table"
 
 
 def test_what_moved_is_told_seed_by_seed():
     from dual_process.benchmarks.guided import moved, summary
     from dual_process.tiny import scenes
+    from dual_process.trainers.guards import changes
 
     heights = torch.tensor([0.3, 0.4, 0.6])
     measures = scenes.attributes(torch.full((3, 8), 0.25))
@@ -337,8 +341,11 @@ def test_what_moved_is_told_seed_by_seed():
     found = moved(before, after, "horizon", -0.04)
     assert found == {"mean": pytest.approx(-0.2 / 3, abs=0.01), "moved": pytest.approx(2 / 3), "readable": 1.0}
     assert moved(after, before, "horizon", 0.04)["moved"] == pytest.approx(2 / 3)
-    row = {"row": "before and after, horizon", "steps": 90, "moved": found}
-    assert summary([row]).splitlines()[-1] == "| horizon | -0.07 | 66.7% | 100.0% | 90 |"
+    row = {"row": "before and after, horizon", "steps": 90, "moved": found, "changes": changes(before, after)}
+    told = summary([row]).splitlines()[-1]
+    assert told.startswith("| horizon | -0.07 | 66.7% | 100.0% | 90 | ") and told.endswith(
+        f"{row['changes']['diversity']:+.0%} |"
+    )
 
 
 @pytest.mark.parametrize("held_at, looks, seconds", [(4, True, 6.0), (4, False, 4.0), (8, True, 10.0), (9, True, None)])
