@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dual_process.benchmarks.bundled import Lesson, measured, save_sheet, share
+from dual_process.demo.measure import DRIFT_METRICS
 from dual_process.tiny.oracles import holds, measure
 from dual_process.trainers.guards import largest_fault
 
 PROPERTIES = ("horizon", "palette", "line", "depth")
 MEASURES = {"horizon": "horizon", "palette": "warmth", "line": "line", "depth": "depth"}  # of the oracle
-GUARDS = ("luminance", "saturation", "edge_density", "colour_entropy")
 
 
 class Table:
@@ -61,5 +61,5 @@ def others(pictures: Tensor) -> dict[str, float]:
 
 def largest_change(changes: list[dict[str, float]]) -> str:
     """The largest change of luminance, saturation, edges or colour entropy of several rows, in words."""
-    size, guard = max((abs(one[guard]), guard) for one in changes for guard in GUARDS)
+    size, guard = max((abs(one[guard]), guard) for one in changes for guard in DRIFT_METRICS)
     return f"{guard.replace('_', ' ')} {size:.0%}"

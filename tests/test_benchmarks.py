@@ -241,9 +241,9 @@ def test_compile(pair, monkeypatch):
 
 def test_rows_without_a_look_or_from_an_earlier_file_are_summed_up():
     from dual_process.benchmarks.control import summary
-    from dual_process.benchmarks.table import GUARDS
+    from dual_process.demo.measure import DRIFT_METRICS
 
-    found = {"oracle": 1.0, "readable": 0.5, "changes": dict.fromkeys((*GUARDS, "diversity"), 0.0)}
+    found = {"oracle": 1.0, "readable": 0.5, "changes": dict.fromkeys((*DRIFT_METRICS, "diversity"), 0.0)}
     rows = [{"row": "taught", "seed": seed, "steps": 10, "horizon Yes": found} for seed in range(3)]
     rows[1]["drift"], rows[2]["drift"] = 0.2, None
     assert summary(rows).endswith("| +0% | 20% | 10 |") and summary(rows[:1]).endswith("| +0% | - | 10 |")
@@ -317,12 +317,12 @@ def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
 def test_guides_are_summed_up_over_their_values():
     from dual_process.benchmarks import control
     from dual_process.benchmarks.guided import summary
-    from dual_process.benchmarks.table import GUARDS
+    from dual_process.demo.measure import DRIFT_METRICS
 
     rows = [
         {"row": f"guide, horizon {target}", "target": target, "before": {"error": 0.2}}
         | {"after": {"error": 0.05, "mean": target + 0.05, "readable": 1.0}}
-        | {"changes": dict.fromkeys(GUARDS, 0.01) | {"saturation": -target, "diversity": 0.1 - target}}
+        | {"changes": dict.fromkeys(DRIFT_METRICS, 0.01) | {"saturation": -target, "diversity": 0.1 - target}}
         for target in (0.3, 0.5, 0.7)
     ]
     assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% | saturation 70% | -60% |")
