@@ -85,7 +85,8 @@ TURBO = Models(
 )
 
 ALL_CHANGES = {"anchor": 0.1}  # for colours, which the default holds too strongly
-TINY_COLOURS = ALL_CHANGES | {"steps": 300}  # they are learned late
+# learned late, and not by every seed under as much noise as the default has
+TINY_COLOURS = ALL_CHANGES | {"steps": 300, "judge_noise": 0.05}
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
