@@ -378,6 +378,8 @@ def test_objectives_by_hand():
     assert target.item() == pytest.approx(math.log(0.95) - wanted)
     for kind in (MARGIN, TARGET):
         assert Objective([Question("?")], kind, target=0.6)(BrightnessJudge(), images)[0].item() == 0
+        no_opposite = Objective([Question("?", "Very")], kind, target=0.95)(BrightnessJudge(), images)[0].item()
+        assert no_opposite == pytest.approx(math.log(0.95) - other), "pushes no further than the target"
     both, p = Objective([Question("?", "Yes", 3.0), Question("?", "No", 1.0)], LIKELIHOOD)(BrightnessJudge(), images)
     assert both.item() == pytest.approx((3 * -wanted + -other) / 4) and p.shape == (1, 2)
     with pytest.raises(ValueError, match="No question"):

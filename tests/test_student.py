@@ -84,8 +84,9 @@ def test_gradient_through_the_vae(lab):
     ("name", "latent", "warned"),
     [
         ("SD1.5", (4, 64, 64), ""),
-        ("SD1.5", (4, 32, 40), "Training at 320x256, while most models of this kind are made for about 512x512"),
-        ("FLUX dev", (16, 64, 64), "Training at 512x512, while most models of this kind are made for about 1024x1024"),
+        ("SD1.5", (4, 24, 40), "Training at 320x192, while most models of this kind are made for about 512x512"),
+        ("FLUX dev", (16, 48, 64), "Training at 512x384, while most models of this kind are made for about 1024x1024"),
+        ("FLUX dev", (16, 64, 64), ""),
         ("FLUX dev", (16, 96, 128), ""),
         ("SD3", (16, 8, 8), ""),
     ],
@@ -340,6 +341,10 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
         lab.build_student("SD3", negative=None)
     with pytest.raises(ValueError, match="no step"):
         lab.build_student("SD3", sigmas=torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="ends at sigma 0.75, .*SplitSigmas"):
+        lab.build_student("SD3", sigmas=torch.tensor([1.0, 0.75]))
+    with pytest.raises(ValueError, match="uses the negative prompt at cfg 1 too"):
+        lab.build_student("SD3", negative=None, cfg=1.0, sampler=comfy.samplers.sampler_object("euler_cfg_pp"))
     with pytest.raises(ValueError, match="matches the LoRA targets 'nonsense'"):
         lab.build_student("SD3", targets="nonsense")
     with pytest.raises(ValueError, match=r"'\(\[' are no regular expression \(unterminated"):

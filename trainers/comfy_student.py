@@ -56,7 +56,7 @@ class ComfyStudent:
         model: ComfyUI MODEL; it is cloned, and the weights it shares are bit-identical after ``run``.
         vae: ComfyUI VAE that decodes the model's latents.
         positives: CONDITIONINGs with the prompts to train on; each row of a batched one is a prompt.
-        negative: CONDITIONING, or None when ``cfg`` is 1.
+        negative: CONDITIONING, or None when ``cfg`` is 1 and nothing else uses it, as CFG++ samplers do.
         latent: ComfyUI LATENT; its batch size is the number of pictures per step.
         sigmas: noise levels of the schedule, falling, last one 0; shape [steps + 1].
         sampler: ComfyUI SAMPLER that walks them.
@@ -90,10 +90,20 @@ class ComfyStudent:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
+        if sigmas[-1] != 0:
+            raise ValueError(
+                f"The schedule ends at sigma {sigmas[-1]:.3g}, so the judge would look at pictures that are not drawn "
+                "to the end. Connect sigmas that end at 0, not the first half of SplitSigmas."
+            )
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
             raise ValueError(
                 f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
                 "KSamplerSelect, or use sampler_name."
+            )
+        if negative is None and _asks_for_negative(model, sampler):
+            raise ValueError(
+                "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ does), "
+                "but none is connected. Connect one."
             )
         if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
             raise ValueError(
@@ -149,7 +159,7 @@ class ComfyStudent:
         scale = self.vae.spacial_compression_decode()
         height, width = (side * scale for side in self.latent.shape[-2:])
         made_for = MADE_FOR.get(type(self.model.model.model_config).__name__, 1024)
-        if not TOY**2 < height * width < made_for**2 / 2:
+        if not TOY**2 < height * width < made_for**2 / 4:
             return ""
         return (
             f"Training at {width}x{height}, while most models of this kind are made for about {made_for}x{made_for}: "
@@ -350,6 +360,12 @@ class _Loop(comfy.samplers.Sampler):
 
 def _swaps_weights(conditioning: list) -> bool:
     return any(values["hooks"].get_type(EnumHookType.Weight) for _, values in conditioning if "hooks" in values)
+
+
+def _asks_for_negative(model: ModelPatcher, sampler: comfy.samplers.KSAMPLER) -> bool:
+    """Whether pictures at cfg 1 depend on the negative prompt."""
+    cfg_pp = "cfg_pp" in getattr(sampler.sampler_function, "__name__", "")
+    return cfg_pp or model.model_options.get("disable_cfg1_optimization", False)
 
 
 def _outside_torch(error: Exception) -> str:

@@ -24,7 +24,7 @@ class Objective:
     ``answer target`` is the same up to a probability: ``relu(log target - log P(wanted))``. A won question stops
     pushing, which is what keeps pictures from being burnt for a last per mille of probability.
     ``answer margin`` applies to Yes/No questions: ``relu(logit target - (log P(wanted) - log P(other)))``. It also
-    cancels the judge's leaning to one answer. Questions with other answers fall back to cross-entropy.
+    cancels the judge's leaning to one answer. Other answers have no opposite: they go up to the target instead.
 
     A question to keep pushes only as long as its answer is less likely than before training.
 
@@ -70,7 +70,7 @@ class Objective:
         for i, opposite in enumerate(opposites):
             wanted = log_p[:, i]
             if opposite is None:
-                won = self.target if self.kind == TARGET else 1.0
+                won = 1.0 if self.kind == LIKELIHOOD else self.target
                 losses.append(torch.relu(self._goal(i, torch.log, won) - wanted))
                 scores.append(wanted.exp())
             else:
