@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -34,10 +35,12 @@ from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pai
 from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine, report
 from dual_process.trainers.live_memory import LiveMemory
 
+Made = TypeVar("Made")
 QUESTIONS = 3
 QWEN_TOWER = dict(
     depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31]
 )
+NO_ROOM = {"out_of_memory": True}
 NO_GPU = "bench gpu needs an NVIDIA GPU, and torch sees none here: nothing was measured."
 
 
@@ -210,7 +213,9 @@ class Gauge:
 
 
 def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
-    """Steps a second, peak memory and shares of one way, and what it chose; or that it does not fit."""
+    """Steps a second, peak memory and shares of one way, and what it chose; or ``NO_ROOM``."""
+    from dual_process.trainers.comfy_memory import DoesNotFit
+
     try:
         way = make()
         gauge.seconds(way, 0)
@@ -224,10 +229,20 @@ def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
             found["chosen"] = way.plan.sentence()
         turns = way.student.turns
         return found | ({"moving_seconds": turns.seconds} if turns.apart else {})
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
+    except (torch.OutOfMemoryError, DoesNotFit):
+        return NO_ROOM
     finally:
         release()
+
+
+def made(build: Callable[[], Made]) -> Made | None:
+    """What ``build`` makes, or None where there is no room for it."""
+    try:
+        return build()
+    except torch.OutOfMemoryError:
+        pass  # what was made of it is held until the error is gone
+    release()
+    return None
 
 
 def release() -> None:
@@ -256,7 +271,7 @@ def compare(pair, gauge: Gauge, repeats: int) -> dict:
     published = found["published"]
     ratios = {}
     for name, one in found.items():
-        if name != "published" and "out_of_memory" not in one and "out_of_memory" not in published:
+        if name != "published" and NO_ROOM not in (one, published):
             ratios[f"{name}: time"] = published["steps_per_second"] / one["steps_per_second"]
             ratios[f"{name}: memory"] = one["peak_mb"] / published["peak_mb"]
     return {**found, "ratios": ratios}
@@ -271,12 +286,13 @@ def student_model(shape: Shape, device: str):
 
 
 def judges(builders: dict[str, Callable], device: str):
-    """(name, judge) of every shape, and again in 4 bits where bitsandbytes is installed and there is a GPU."""
+    """(name, judge) of every shape, and again in 4 bits where bitsandbytes is installed and there is a GPU; None for a
+    judge that there is no room for."""
     four_bits = device == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
     for name, build in builders.items():
-        yield name, build(device)
+        yield name, made(lambda: build(device))
         if four_bits:
-            yield f"{name} 4-bit", in_four_bits(build(device))
+            yield f"{name} 4-bit", made(lambda: in_four_bits(build(device)))
 
 
 def main() -> None:
@@ -298,10 +314,13 @@ def main() -> None:
     gauge, result = Gauge(device), {"machine": machine(), "tiny": arguments.tiny, "ratios": {}}
     with torch.inference_mode():
         for student, shape in students.items():
-            architecture, model = shape.architecture(), student_model(shape, device)
+            architecture, model = shape.architecture(), made(lambda: student_model(shape, device))
+            if model is None:
+                result[student] = NO_ROOM
+                continue
             vae = None if arguments.tiny else real_vae(architecture.latent[1], device)
             for judge_name, judge in judges(builders, device):
-                for side in sides:
+                for side in sides if judge else ():
                     name = f"{student}, {judge_name}, {side} px"
                     pair = random_pair(name, architecture, judge, side, tokens=shape.tokens, model=model, vae=vae)
                     result[name] = found = compare(pair, gauge, arguments.repeats)
@@ -309,7 +328,10 @@ def main() -> None:
                     print(f"{name}: {found}", flush=True)
                     if arguments.json:  # after each pair, so that a run that is ended keeps what it has
                         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-                del judge, pair
+                    del pair
+                if judge is None:
+                    result[f"{student}, {judge_name}"] = NO_ROOM
+                del judge
                 release()
             del model, vae
             release()

@@ -203,6 +203,19 @@ def test_a_4_bit_judge_made_in_inference_mode(pair):
     assert peaks(Ours(pair, 2, True))["whole"] < peaks(Published(pair, 2))["whole"]
 
 
+def test_what_does_not_fit_on_a_gpu_says_so(comfyui):
+    from dual_process.benchmarks import gpu
+    from dual_process.trainers.comfy_memory import DoesNotFit
+
+    def fail(error):
+        raise error("too large")
+
+    for error in (torch.OutOfMemoryError, DoesNotFit):
+        assert gpu.measure(lambda: fail(error), gpu.Gauge("cpu"), 1) == {"out_of_memory": True}
+    builders = {"large": lambda device: fail(torch.OutOfMemoryError), "small": lambda device: "a judge"}
+    assert dict(gpu.judges(builders, "cpu")) == {"large": None, "small": "a judge"}
+
+
 def test_memory_on_a_gpu(monkeypatch):
     """With and without what is there before the step."""
     from dual_process.benchmarks import gpu

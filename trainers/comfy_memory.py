@@ -20,6 +20,10 @@ EVERYTHING = 1e30  # bytes
 Result = TypeVar("Result")
 
 
+class DoesNotFit(RuntimeError):
+    """A model is too large for the device."""
+
+
 class TransformersHolder(nn.Module):
     """Around a transformers model, which forbids ModelPatcher to set ``.device`` on it."""
 
@@ -94,7 +98,7 @@ def load_whole(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
         mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
     for patcher in patchers:
         if getattr(patcher.model, "model_lowvram", False):
-            raise RuntimeError(
+            raise DoesNotFit(
                 f"{type(patcher.model).__name__} ({patcher.model_size() / 1e9:.1f} GB) does not fit on "
                 f"{patcher.load_device} beside the other models. Use a smaller or quantised model or judge, "
                 "or start ComfyUI without --lowvram / --novram."
@@ -192,7 +196,7 @@ class Turns:
         start = time.perf_counter()
         name, group = next((name, group) for name, group in self.groups.items() if patcher in group)
         if self.apart and self._size(group) > self.room():
-            raise RuntimeError(
+            raise DoesNotFit(
                 f"The {name} ({self._size(group) / 1e9:.1f} GB) does not fit on {self.device}, which has "
                 f"{self.room() / 1e9:.1f} GB, even alone. Use a smaller or quantised one."
             )

@@ -89,7 +89,7 @@ def load_judge(
 
     Args:
         folder: a local Hugging Face model folder with safetensors weights, processor and tokenizer.
-        dtype: of the weights; as stored when None.
+        dtype: of the weights; as stored when None. With ``bits`` 4, what is computed in; bfloat16 when None.
         attention: one of ``ATTENTIONS``; "auto" is the model's best without further packages.
         root: the models folder that nothing in ``folder`` may link out of.
         system, suffix, template: see ``Judge``.
@@ -164,7 +164,9 @@ def _quantisation(bits: int, dtype: torch.dtype | None):
 
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    # left to itself it computes in float32
+    compute = dtype or torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _load_processor(folder: Path, local: dict):
