@@ -26,7 +26,7 @@ def _sockets() -> list[io.Input]:
         io.Latent.Input("latent", tooltip="Picture size; its batch size is the pictures per step."),
         JudgeType.Input("judge", tooltip="The vision-language model that looks at the pictures."),
         QuestionsType.Input("questions", tooltip="What the judge is asked, and the answers you want."),
-        io.Conditioning.Input("negative", optional=True, tooltip="Needed when cfg is not 1, and by CFG++ samplers."),
+        io.Conditioning.Input("negative", optional=True, tooltip="Needed when cfg is not 1 and by CFG++."),
         PromptsType.Input("more_prompts", optional=True, tooltip="Each step draws one of these or positive."),
         io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of scheduler and sampler_steps."),
         io.Sampler.Input("sampler", optional=True, tooltip="Instead of sampler_name."),
@@ -90,8 +90,8 @@ def _judging() -> list[io.Input]:
         io.Combo.Input(
             "objective",
             options=[MARGIN, LIKELIHOOD, TARGET],
-            tooltip="Answer margin: push until Yes or No is clearly won against the other, then stop; any other answer up "
-            "to 'target'. Answer likelihood: the paper's cross-entropy. Answer target: the same up to 'target'.",
+            tooltip="Answer margin: push until Yes or No is clearly won against the other, then stop; any other answer "
+            "up to 'target'. Answer likelihood: the paper's cross-entropy. Answer target: the same up to 'target'.",
         ),
         io.Float.Input(
             "anchor",

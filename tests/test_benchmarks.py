@@ -203,7 +203,7 @@ def test_a_4_bit_judge_made_in_inference_mode(pair):
     assert peaks(Ours(pair, 2, True))["whole"] < peaks(Published(pair, 2))["whole"]
 
 
-def test_what_does_not_fit_on_a_gpu_says_so(comfyui):
+def test_what_does_not_fit_on_a_gpu_says_so(comfy):
     from dual_process.benchmarks import gpu
     from dual_process.trainers.comfy_memory import DoesNotFit
 

@@ -102,8 +102,8 @@ class ComfyStudent:
             )
         if negative is None and _asks_for_negative(model, sampler):
             raise ValueError(
-                "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ does), "
-                "but none is connected. Connect one."
+                "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ "
+                "does), but none is connected. Connect one."
             )
         if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
             raise ValueError(
