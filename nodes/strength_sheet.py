@@ -61,9 +61,7 @@ class StrengthSheet(io.ComfyNode):
                     tooltip="As the LoRA was trained.",
                 ),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As the LoRA was trained."),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Needed when cfg is not 1 and by CFG++."
-                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="Needed when cfg is not 1 and by CFG++."),
                 lora,
             ],
             outputs=[
