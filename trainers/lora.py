@@ -84,6 +84,27 @@ def _chosen(path: str, wanted: re.Pattern) -> bool:
     return any(max(a, c) < min(b, d) for a, b in matches for c, d in steering)
 
 
+class Down(torch.autograd.Function):
+    """``A x`` in A's dtype, for x [..., in_features] of any dtype and A [rank, in_features].
+
+    What waits for backward is x as it came, which layers that read the same x share; autograd's own product would keep
+    a float32 copy for each of them.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, A: Tensor) -> Tensor:
+        return x.to(A.dtype) @ A.T
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, A = ctx.saved_tensors
+        return (grad @ A).to(x.dtype), grad.flatten(0, -2).T @ x.flatten(0, -2).to(A.dtype)
+
+
 class Adapter(nn.Module):
     """A low-rank update ``(alpha / rank) B A`` of a linear layer; ``B`` starts at zero, so training starts at base."""
 
@@ -96,7 +117,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``y`` [..., out_features] plus the update at ``x`` [..., in_features], in the dtype of ``y``."""
-        down = x.to(self.A.dtype) @ self.A.T * self.scale
+        down = Down.apply(x, self.A) * self.scale
         if y.dtype != down.dtype:
             return y + (down @ self.B.T).to(y.dtype)
         rows = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
