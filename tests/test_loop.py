@@ -147,6 +147,11 @@ def test_drift_at_the_last_look_is_why_it_ended():
     assert not run.retreats and run.stopped.startswith("at step 3, because pictures got") and run.checks[-1].step == 2
 
 
+def brightness(check) -> float:
+    """Of the pictures of a look, whose mean before training is 0.3."""
+    return 0.3 * (1 + check.changes.get("luminance", 0.0))
+
+
 def test_looks_before_a_retreat_do_not_count():
     """Enough looks hold; between any two retreats there are fewer."""
     _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, held=0.18)
@@ -159,7 +164,7 @@ def test_a_retreat_begins_anew_at_a_third_of_the_rate():
     """As if the LoRA had been loaded from its best look: neither Adam's moments nor the running average are left."""
     student, run, _ = teach(check_every=2, learning_rate=0.01, average=0.7, anchor=0.0, drift_limit=0.1)
     step = next(check.step for check in run.checks[1:] if warning(check.changes, 0.1))
-    before = {check.step: check.pictures.mean().item() for check in run.checks}
+    before = {check.step: brightness(check) for check in run.checks}
     best = int(run.rate_falls[0].split()[-1])
     assert before[step + 2] - before[best] == pytest.approx(0.01 / 3 * 1.5, rel=0.05)  # mean of strides of one and two
 
@@ -169,13 +174,13 @@ def test_what_holds_is_taught_on_at_a_third_of_the_rate():
     _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, held=0.18)
     holds = [check.scores[0] >= 0.18 for check in run.checks[:5]]
     assert holds == [False, False, True, True, True]
-    brightness = [check.pictures.mean().item() for check in run.checks]
-    strides = [after - before for before, after in zip(brightness, brightness[1:])]
+    seen = [brightness(check) for check in run.checks]
+    strides = [after - before for before, after in zip(seen, seen[1:])]
     assert strides[:4] == [pytest.approx(stride, rel=0.05) for stride in (0.01, 0.01, 0.01 / 3, 0.01 / 3)]
     held, back = run.rate_falls[:2]
     assert held == "first held at step 2, from there on at a third of the rate"
     assert back.startswith("at step 5 ") and back.endswith("step 4")
-    assert brightness[6] - brightness[4] == pytest.approx(0.01 / 9, rel=0.05)
+    assert seen[6] - seen[4] == pytest.approx(0.01 / 9, rel=0.05)
 
 
 def test_what_is_held_already_is_not_taught():
@@ -208,6 +213,8 @@ def test_the_best_check_is_kept():
     assert best.scores[0] > run.checks[-2].scores[0], "the last look is not the best one"
     assert best.step > 0 and run.checks[-1] is best
     assert torch.equal(student.draw(2**31), best.pictures[:2])
+    held = {check.step for check in run.checks if check.pictures is not None}
+    assert held == {0, best.step, run.checks[-2].step}, "no others' pictures are needed any more"
 
 
 def test_the_average_is_checked_and_kept_but_not_trained_from():
@@ -278,11 +285,9 @@ def test_a_run_whose_pictures_drift_goes_back_and_on_more_carefully_and_ends_at_
     assert [text.split(" pictures got ")[0] for text in run.rate_falls] == [f"at step {step}" for step in retreats]
     assert run.rate_falls[0].endswith(f"so it went back to the LoRA of step {retreats[0] - 1}")
 
-    def brightness(step: int) -> float:
-        return run.checks[step].pictures.mean().item()
-
-    strides = [brightness(step + 1) - brightness(step - 1) for step in retreats[:2]]  # from the kept LoRA on
-    first = brightness(1) - brightness(0)
+    seen = [brightness(check) for check in run.checks]
+    strides = [seen[step + 1] - seen[step - 1] for step in retreats[:2]]  # from the kept LoRA on
+    first = seen[1] - seen[0]
     assert strides == [pytest.approx(first / 3, rel=0.05), pytest.approx(first / 9, rel=0.05)]
     assert 0.3 + student.lora.shift.item() == pytest.approx(kept.pictures.mean().item(), abs=1e-3)
     assert "pictures got" not in teach(check_every=1, learning_rate=0.01, drift_limit=0.0)[1].stopped

@@ -21,17 +21,18 @@ NOISE = 0.005  # of two looks whose standings are closer than this, the later on
 LOOKS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Check:
     """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
 
+    ``pictures`` are let go, and None, once a later look is taken, but for those of the first and of the best look.
     ``changes``: what became of the pictures of the run's first check, see ``guards.changes``.
     ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
     """
 
     step: int
     scores: list[float]
-    pictures: Tensor
+    pictures: Tensor | None
     changes: dict[str, float] = field(default_factory=dict)
     second: list[float] = field(default_factory=list)
 
@@ -103,6 +104,9 @@ class Looks:
     @torch.no_grad()
     def _look(self, step: int) -> Check:
         """Draw the held-out seeds to the end, ask the judges about them and compare them with the run's first."""
+        for check in self.run.checks[1:]:
+            if check is not self.best:
+                check.pictures = None
         batches = self._draw()
         with self.student.lora.disabled():
             before = self._draw() if self.objective.compares else [None] * len(batches)
