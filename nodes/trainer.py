@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import comfy.samplers
@@ -18,14 +19,14 @@ from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
-from ..trainers.lora_file import TrainedLoRA
+from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
 from ..trainers.memory_plan import MemoryPlan, plan_memory, try_step
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
-from .lora import read_lora
+from .lora import loras_folder, read_lora
 from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
@@ -43,6 +44,7 @@ LEFT_OUT = {
     "augment": Settings.augment,
     "recompute": AUTOMATIC,
 }
+UNFINISHED = "dual_process/unfinished"
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one."
 
 
@@ -82,11 +84,13 @@ class Trainer(io.ComfyNode):
         show.say(student.size_warning())
         show.say(SAME_JUDGE if second_judge is judge else "")
 
-        def teach() -> tuple[MemoryPlan | None, Run]:
+        plan = None
+
+        def teach() -> Run:
+            nonlocal plan
             if self_check:
                 student.turns.taken_if_needed(lambda: check_gradients(student))
             first, second = [*(student.in_turn(one) for one in judges), None][:2]
-            plan = None
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:
                 plan = plan_memory(student, first, goal, settings)
             else:
@@ -94,17 +98,24 @@ class Trainer(io.ComfyNode):
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
-            return plan, train(student, first, goal, settings, show, second)
+            return train(student, first, goal, settings, show, second)
 
-        plan, run = student.run(teach, beside=[one.patcher for one in judges])
-        show.end(run)
+        def learned(run: Run) -> TrainedLoRA:
+            story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan)
+            return TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
+
         prompts = prompt_texts(cls.hidden.dynprompt.get_node, cls.hidden.unique_id)
-        story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan)
-        lora = TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
+        try:
+            run = student.run(teach, beside=[one.patcher for one in judges])
+        except Exception:
+            show.rescue(learned)
+            raise
+        lora = learned(run)
+        show.end(run)
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
-        return io.NodeOutput(lora, history, before, after, Report(run, story), ui=pairs)
+        return io.NodeOutput(lora, history, before, after, Report(run, lora.metadata), ui=pairs)
 
 
 def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
@@ -175,9 +186,10 @@ class Progress:
         self.node_id, self.steps = node_id, steps
         self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
         self.shown = 0.0
+        self.run: Run | None = None
 
     def __call__(self, run: Run, images: Tensor) -> None:
-        preview = None
+        self.run, preview = run, None
         if time.monotonic() - self.shown > PREVIEW_SECONDS:
             self.shown = time.monotonic()
             preview = ("JPEG", contact_sheet(images), 512)
@@ -194,6 +206,18 @@ class Progress:
         if text:
             log.info(text)
             PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def rescue(self, learned: Callable[[Run], TrainedLoRA]) -> None:
+        """Save what a run that was cancelled or failed had learned at its best look, if any was better than none."""
+        if self.run is None or self.run.checks[-1].step == 0:
+            return
+        self.run.stopped = f"broken off after {len(self.run.loss)} steps"
+        path = new_lora_path(loras_folder(), UNFINISHED)
+        save_lora(learned(self.run), path)
+        self.say(
+            f"Broken off. The LoRA of step {self.run.checks[-1].step}, the best so far, is saved as {path}. "
+            "Choose it in continue_from to go on."
+        )
 
     def end(self, run: Run) -> None:
         """Leave one line on the node: how many steps it took, why it ended, and how the pictures changed by it."""

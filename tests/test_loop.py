@@ -147,6 +147,21 @@ def test_drift_at_the_last_look_is_why_it_ended():
     assert not run.retreats and run.stopped.startswith("at step 3, because pictures got") and run.checks[-1].step == 2
 
 
+def test_a_run_that_is_broken_off_leaves_the_best_lora():
+    student, run = GreyStudent(), None
+
+    def cancel_at_sixth_step(so_far, images):
+        nonlocal run
+        run = so_far
+        if len(run.loss) == 6:
+            raise KeyboardInterrupt
+
+    settings = Settings(steps=60, learning_rate=0.02, check_every=2, drift_limit=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(student, BrightnessJudge(), Objective([Question("Is it bright?")]), settings, cancel_at_sixth_step)
+    assert run.checks[-1].step == 4 and torch.equal(student.draw(2**31), run.checks[-1].pictures[:2])
+
+
 def brightness(check) -> float:
     """Of the pictures of a look, whose mean before training is 0.3."""
     return 0.3 * (1 + check.changes.get("luminance", 0.0))

@@ -215,11 +215,26 @@ def test_cancel_leaves_the_model_as_it_was(client, teach):
             client.interrupt()
 
     with pytest.raises(PromptInterrupted):
-        client.run(teach(seed=31, steps=10000), cancel_at_second_step)
+        client.run(teach(seed=31, steps=10000, check_every=0), cancel_at_second_step)
     assert loras(client) == known
     assert pixels(client, client.run(drawing), drawing) == before
     client.run(teach(seed=31))
     assert len(loras(client) - known) == 1
+
+
+def test_cancel_saves_the_best_lora_so_far_to_go_on_from(client, teach):
+    known = loras(client)
+
+    def cancel_at_sixth_step(event):
+        if event["type"] == "dual_process.progress" and event["data"]["step"] == 6:
+            client.interrupt()
+
+    with pytest.raises(PromptInterrupted):
+        client.run(teach(seed=32, steps=10000, learning_rate=1e-3, check_every=1), cancel_at_sixth_step)
+    (unfinished,) = loras(client) - known
+    assert unfinished.endswith("unfinished_00001.safetensors")
+    client.run(teach(seed=33, continue_from=unfinished))
+    assert len(loras(client) - known) == 2
 
 
 @pytest.mark.parametrize(

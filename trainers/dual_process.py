@@ -111,7 +111,8 @@ def train(
             unclamped.
         second: a judge that scores the held-out pictures too and chooses among them, see ``Looks``, or None.
     Returns:
-        The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0).
+        The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0),
+        also if ``on_step`` raises.
     Raises:
         RuntimeError: no gradient arrives at the LoRA, or none that is finite.
     """
@@ -133,46 +134,48 @@ def train(
     optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
     strikes, settled = 0, False
-    for step in range(1, settings.steps + 1):
-        loss, scores, image = passes(student, judge, objective, settings, rng)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        # read together: the host waits for the GPU once a step
-        norm, loss, *scores = torch.cat([norm[None], loss[None].to(norm), scores.to(norm)]).tolist()
-        strikes = 0 if math.isfinite(norm) else strikes + 1
-        if (norm == 0 and loss > 0) or strikes == (1 if step == 1 else STRIKES):
-            raise RuntimeError(
-                f"Step {step}: the gradient that reaches the LoRA has norm {norm}; nothing can be learned from "
-                "it. Lower the learning rate, or load model, VAE and judge in bf16 or fp32."
-            )
-        if strikes:
-            run.skipped += 1
-        else:
-            optimizer.step()
-            average.update()
-            run.loss.append(loss)
-            run.scores.append(scores)
-            on_step(run, image)
-        optimizer.zero_grad()
-        if looks.due(step):
-            with average.applied():
-                drift = looks.take(step)
-            if drift and (run.retreats == RETREATS or step == settings.steps):
-                run.stopped = f"at step {step}, because pictures got {drift}"
-                break
-            if drift:
-                back = f"so it went back to the LoRA of step {looks.best.step}"
-                run.rate_falls.append(f"at step {step} pictures got {drift}, {back}")
-                run.retreats += 1
-                looks.go_back()
-                optimizer, average = beginning()
-            elif looks.enough_hold():
-                run.stopped = f"held at step {step}"
-                break
-            elif not settled and step < settings.steps and looks.holds(run.checks[-1]):
-                settled = True
-                run.rate_falls.append(f"first held at step {step}, from there on at a third of the rate")
-                optimizer.param_groups[0]["lr"] = rate()
-    looks.end()
+    try:
+        for step in range(1, settings.steps + 1):
+            loss, scores, image = passes(student, judge, objective, settings, rng)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            # read together: the host waits for the GPU once a step
+            norm, loss, *scores = torch.cat([norm[None], loss[None].to(norm), scores.to(norm)]).tolist()
+            strikes = 0 if math.isfinite(norm) else strikes + 1
+            if (norm == 0 and loss > 0) or strikes == (1 if step == 1 else STRIKES):
+                raise RuntimeError(
+                    f"Step {step}: the gradient that reaches the LoRA has norm {norm}; nothing can be learned from "
+                    "it. Lower the learning rate, or load model, VAE and judge in bf16 or fp32."
+                )
+            if strikes:
+                run.skipped += 1
+            else:
+                optimizer.step()
+                average.update()
+                run.loss.append(loss)
+                run.scores.append(scores)
+                on_step(run, image)
+            optimizer.zero_grad()
+            if looks.due(step):
+                with average.applied():
+                    drift = looks.take(step)
+                if drift and (run.retreats == RETREATS or step == settings.steps):
+                    run.stopped = f"at step {step}, because pictures got {drift}"
+                    break
+                if drift:
+                    back = f"so it went back to the LoRA of step {looks.best.step}"
+                    run.rate_falls.append(f"at step {step} pictures got {drift}, {back}")
+                    run.retreats += 1
+                    looks.go_back()
+                    optimizer, average = beginning()
+                elif looks.enough_hold():
+                    run.stopped = f"held at step {step}"
+                    break
+                elif not settled and step < settings.steps and looks.holds(run.checks[-1]):
+                    settled = True
+                    run.rate_falls.append(f"first held at step {step}, from there on at a third of the rate")
+                    optimizer.param_groups[0]["lr"] = rate()
+    finally:
+        looks.end()
     return run
 
 
