@@ -21,7 +21,7 @@ from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
 from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
-from ..trainers.memory_plan import MemoryPlan, plan_memory, try_step
+from ..trainers.memory_plan import plan_memory, try_step
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
@@ -45,7 +45,7 @@ LEFT_OUT = {
     "recompute": AUTOMATIC,
 }
 UNFINISHED = "dual_process/unfinished"
-SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one."
+SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one, or none."
 
 
 class Trainer(io.ComfyNode):
@@ -75,14 +75,15 @@ class Trainer(io.ComfyNode):
     def execute(cls, judge, questions, objective, self_check, second_judge=None, **inputs):
         inputs = SimpleNamespace(**{**LEFT_OUT, **inputs})
         goal = Objective(questions, objective, inputs.target)
+        if second_judge is judge:
+            raise ValueError(SAME_JUDGE)
         judges = [judge] if second_judge is None else [judge, second_judge]
         for one in judges:
             one.judge.check(questions)
         student = student_from(inputs)
         settings = settings_from(inputs, student.prompts)
         show = Progress(cls.hidden.unique_id, settings.steps)
-        show.say(student.size_warning())
-        show.say(SAME_JUDGE if second_judge is judge else "")
+        show.warn(student.size_warning())
 
         plan = None
 
@@ -185,7 +186,7 @@ class Progress:
     def __init__(self, node_id: str, steps: int):
         self.node_id, self.steps = node_id, steps
         self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
-        self.shown = 0.0
+        self.shown, self.warned = 0.0, ""
         self.run: Run | None = None
 
     def __call__(self, run: Run, images: Tensor) -> None:
@@ -206,6 +207,11 @@ class Progress:
         if text:
             log.info(text)
             PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def warn(self, text: str) -> None:
+        """As ``say``, and once more when the run is over."""
+        self.warned = text
+        self.say(text)
 
     def rescue(self, learned: Callable[[Run], TrainedLoRA]) -> None:
         """Save what a run that was cancelled or failed had learned at its best look, if any was better than none."""
@@ -228,6 +234,7 @@ class Progress:
         first, last = run.checks[0].second, run.checks[-1].second
         second = f". Second judge: {percent(first)} before, {percent(last)} after" if last else ""
         text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.rate_falls, run.stopped])}{second}{changed}"
+        text = f"{text}. {self.warned}" if self.warned else text
         PromptServer.instance.send_progress_text(text, self.node_id)
 
 

@@ -53,11 +53,16 @@ def test_ask_refuses_an_empty_question(nodes, managed):
         nodes[0](judge=managed, image=comfy_images(1), question=" ", max_tokens=3)
 
 
+def yes_rather_than_no(judge, images, asked):
+    """Of the two answers alone, the probability of Yes."""
+    return (judge.log_likelihood(images, asked) - judge.log_likelihood(images, [q.opposite() for q in asked])).sigmoid()
+
+
 def test_score_sorts_and_picks(nodes, managed):
     asked = [Question("Warm?"), Question("Is the line thick?")]
     images = comfy_images(4)
     best, ordered, score, table = nodes[1](judge=managed, images=images, questions=asked, keep=2).result
-    means = managed.judge.log_likelihood(images.movedim(-1, 1), asked).exp().mean(dim=1)
+    means = yes_rather_than_no(managed.judge, images.movedim(-1, 1), asked).mean(dim=1)
     assert torch.equal(ordered, images[means.argsort(descending=True)])
     assert torch.equal(best, ordered[:2])
     assert score == pytest.approx(means.max().item(), abs=1e-5)
@@ -76,7 +81,7 @@ def test_a_reference_goes_before_every_picture(comfy, nodes):
     assert seen.shape[2] > seen.shape[1], "reference and picture are side by side"
     asked = [Question("Is the second picture warmer?")]
     best = score(judge=managed, images=images, questions=asked, keep=1, reference=reference).result[2]
-    assert best == pytest.approx(managed.judge.log_likelihood([before, pictures], asked).exp().max().item(), abs=1e-5)
+    assert best == pytest.approx(yes_rather_than_no(managed.judge, [before, pictures], asked).max().item(), abs=1e-5)
 
 
 def test_a_judge_asked_in_a_node_still_trains(nodes, managed):

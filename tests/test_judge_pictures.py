@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -143,14 +145,22 @@ def test_a_reference_is_seen_first_and_beside(judges):
     assert torch.allclose(seen[..., :64], before[0], atol=0.02) and torch.allclose(seen[..., 68:], after[0], atol=0.02)
 
 
+def against_the_other(judge, images, asked):
+    """Probability of the wanted one of Yes and No, of the two alone."""
+    wanted, other = (
+        judge.log_likelihood(images, [replace(q, answer=answer) for q in asked]) for answer in ("Yes", "No")
+    )
+    yes = (wanted - other).sigmoid()
+    return torch.where(torch.tensor([q.answer == "No" for q in asked]), 1 - yes, yes)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_ranking_beside_a_reference(judges, rows):
     judge, asked = judges("Qwen2-VL"), [CHANGED]
     reference, images = picture((40, 64), 3, rows=rows), picture(rows=2)
     _, scores, _ = rank(judge, images, asked, lambda: None, reference)
-    expected = judge.log_likelihood([reference, images], asked).exp()
-    assert torch.allclose(scores, expected, atol=1e-5)
-    assert not torch.allclose(scores, judge.log_likelihood(images, asked).exp(), atol=1e-4)
+    assert torch.allclose(scores, against_the_other(judge, [reference, images], asked), atol=1e-5)
+    assert not torch.allclose(scores, against_the_other(judge, images, asked), atol=1e-5)
     with pytest.raises(ValueError, match="3 references for 2 pictures"):
         rank(judge, images, asked, lambda: None, picture(rows=3))
 
@@ -170,13 +180,15 @@ def test_ask_about_two_pictures(judges):
 
 def test_ranking_puts_the_best_first_and_stops_when_told(judges):
     judge = judges("Idefics3")
-    images, asked = picture(rows=3), [Question("Warm?"), Question("Is the line thick?", "No", weight=3.0)]
+    asked = [Question("Warm?"), Question("Which season?", "Spring"), Question("Is the line thick?", "No", weight=3.0)]
+    images = picture(rows=3)
     order, scores, means = rank(judge, images, asked, lambda: None)
-    expected = judge.log_likelihood(images, asked).exp()
+    expected = against_the_other(judge, images, asked)
+    expected[:, 1] = judge.log_likelihood(images, asked[1:2])[:, 0].exp()
     assert torch.allclose(scores, expected, atol=1e-5)
-    assert torch.allclose(means, (expected[:, 0] + 3 * expected[:, 1]) / 4, atol=1e-5)
+    assert torch.allclose(means, (expected[:, 0] + expected[:, 1] + 3 * expected[:, 2]) / 5, atol=1e-5)
     assert means[order].diff().max() <= 0
-    assert len(score_table(order, scores, means, asked).splitlines()) == 2 + 1 + 3
+    assert len(score_table(order, scores, means, asked).splitlines()) == 3 + 1 + 3
 
     def stop():
         raise InterruptedError

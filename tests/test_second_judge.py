@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -90,14 +88,18 @@ def test_the_node_loads_it_through_comfyui_says_it_and_writes_it_down(lab, train
     assert "second judge" in shown[0] and "Second judge: " in shown[-1]
 
 
-def test_the_same_judge_twice_is_allowed_and_said(lab, trained, caplog):
+def test_the_same_judge_twice_is_refused(lab, trained):
     judge = lab.build_judge()
-    with caplog.at_level(logging.INFO):
-        _, shown = trained(judge=judge, second_judge=judge)
-        assert "cannot disagree with itself" in caplog.text and "cannot disagree" in "".join(shown)
-        caplog.clear()
-        trained(judge=judge)
-        assert "disagree" not in caplog.text
+    with pytest.raises(ValueError, match="cannot disagree with itself"):
+        trained(judge=judge, second_judge=judge)
+
+
+def test_what_the_node_warned_of_is_said_again_at_the_end(lab, trained, monkeypatch):
+    from dual_process.trainers.comfy_student import ComfyStudent
+
+    monkeypatch.setattr(ComfyStudent, "size_warning", lambda student: "These pictures are small.")
+    _, shown = trained(judge=lab.build_judge())
+    assert shown[0] == "These pictures are small." and shown[-1].endswith(". These pictures are small.")
 
 
 def test_questions_are_checked_against_it_before_anything_is_drawn(lab, trained):
