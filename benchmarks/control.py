@@ -80,8 +80,8 @@ def main() -> None:
         drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)
         teach("ten times the steps, five times the rate", {"horizon": "Yes"}, drill)
         for about, answer in EVERY:
-            published = replace(PUBLISHED, steps=TEMPLATES[about].steps, seed=seed)
-            teach(f"published recipe, {about} {answer}", {about: answer}, published, False, LIKELIHOOD)
+            recipe = f"published recipe, {about} {answer}"
+            teach(recipe, {about: answer}, replace(PUBLISHED, seed=seed), False, LIKELIHOOD)
     for name, change in WITHOUT.items():
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
