@@ -227,7 +227,7 @@ def what_to_download(models: Models) -> list[str]:
         f"Image model: `{models.checkpoint}` (with CLIP and VAE in it) into `models/checkpoints`; ComfyUI offers the "
         "download.",
         "Judge: a folder inside `models/VLM`. In ComfyUI's folder:\n"
-        f"```\nhuggingface-cli download {models.judge_from} --local-dir models/VLM/{models.judge}\n```\n"
+        f"```\nhf download {models.judge_from} --local-dir models/VLM/{models.judge}\n```\n"
         f"   then press **R**. (Or put `{models.judge_from}` into *hub_id* and tick *download*.)",
     ]
 

@@ -61,7 +61,10 @@ def hub_judge(hub_id: str, download: bool) -> Path:
 def below(found: dict[str, Path], name: str) -> tuple[Path, Path]:
     """Folder of a listed model, and the models folder that nothing in it may link out of."""
     if name not in found:
-        raise ValueError(f"There is no '{name}' in models/VLM or models/LLM (any more).")
+        raise ValueError(
+            f"There is no '{name}' in models/VLM or models/LLM (any more): put its folder there, or choose another. "
+            "A judge of the Hugging Face Hub can also be named in hub_id, as owner/name."
+        )
     return found[name], found[name].parents[name.count("/")]
 
 
@@ -123,6 +126,17 @@ class JudgeLoader(io.ComfyNode):
             bits=BITS[quantisation],
         )
         return io.NodeOutput(ManagedJudge(loaded))
+
+    @classmethod
+    def validate_inputs(cls, judge, hub_id=""):
+        """ComfyUI itself would refuse an unlisted judge even where hub_id takes its place; what comes from another
+        node is None here and checked later."""
+        if judge is not None and hub_id == "":
+            try:
+                below(judges(), judge)
+            except ValueError as error:
+                return str(error)
+        return True
 
 
 def _further_inputs() -> list[io.Input]:

@@ -302,6 +302,17 @@ def test_a_folder_that_is_no_judge_is_named(client, server, teach):
         client.run(graph)
 
 
+def test_a_judge_that_is_not_there_is_refused_unless_a_hub_id_stands_for_it(client, teach):
+    graph = teach(seed=57)
+    loader = graph[nodes_of(graph, "DualProcessJudgeLoader")[0]]["inputs"]
+    loader["judge"] = "not-there"
+    with pytest.raises(PromptRejected, match="There is no 'not-there' in models/VLM .* hub_id"):
+        client.run(graph)
+    loader["hub_id"] = "owner/name"
+    with pytest.raises(PromptFailed, match="owner/name is not in .*: tick download"):
+        client.run(graph)
+
+
 @pytest.mark.parametrize("change", [{"steps": 0}, {"rank": 0}, {"stop_at": 2.0}])
 def test_values_out_of_range_are_refused_before_anything_runs(client, teach, change):
     with pytest.raises(PromptRejected, match=next(iter(change))):
