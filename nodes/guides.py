@@ -155,7 +155,7 @@ class CompositionGuide(io.ComfyNode):
                     "labels",
                     multiline=True,
                     default="",
-                    tooltip="What belongs into each masked area: one line per mask of the batch.",
+                    tooltip="What belongs into each masked area: one line per mask of the batch, in letters A to Z.",
                 ),
                 *_wording_and_showing(COMPOSITION_QUESTION),
                 io.Mask.Input("mask", optional=True, tooltip="An area, or a batch of them; stretched to the picture."),

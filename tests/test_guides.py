@@ -81,6 +81,10 @@ def test_a_label_is_written_in_the_middle_of_its_area():
     assert columns.float().mean().item() == pytest.approx(144, abs=4)
 
 
+def test_all_of_ascii_can_be_a_label():
+    Areas(BOX, ("".join(map(chr, range(32, 127))),))
+
+
 def test_the_palette_of_a_picture_is_its_colours_the_most_frequent_first():
     image = torch.empty(3, 30, 40)
     for columns, colour in ((slice(0, 24), (200, 30, 10)), (slice(24, 36), (20, 40, 220)), (slice(36, 40), (9, 9, 9))):
@@ -98,6 +102,7 @@ def test_the_palette_of_a_picture_is_its_colours_the_most_frequent_first():
         (lambda: parse_colours("#e07a5f, reddish"), '"reddish" is no colour: write hex codes'),
         (lambda: Areas(torch.zeros(2, 8, 8)), "Mask 1 of the composition is empty"),
         (lambda: Areas(BOX, ("tree", "moon")), "There are 2 labels for 1 masks"),
+        (lambda: Areas(BOX, ("tree 木木 \t",)), r"The label 'tree 木木 \t' .* drawn \('木', '\\t'\): write it with"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(make, sentence):

@@ -151,7 +151,7 @@ class Areas:
         labels: a text for each of the first masks; empty for none.
 
     Raises:
-        ValueError: a mask is empty, or there are more labels than masks.
+        ValueError: a mask is empty, there are more labels than masks, or a label has characters that cannot be drawn.
     """
 
     masks: Tensor
@@ -165,6 +165,12 @@ class Areas:
             raise ValueError(
                 f"There are {len(self.labels)} labels for {len(self.masks)} masks: give one line of text per mask."
             )
+        for label in self.labels:
+            if lacking := _lacking(label):
+                raise ValueError(
+                    f"The label '{label}' has characters that cannot be drawn ({', '.join(map(repr, lacking))}): write "
+                    "it with the letters A to Z, or number the areas and explain the numbers in the question."
+                )
 
     def draw(self, height: int, width: int) -> Tensor:
         """See ``overlay.Drawing``."""
@@ -229,6 +235,13 @@ class _Sheet:
         """See ``overlay.Drawing``."""
         pixels = np.asarray(self.image.reduce(FINE).convert("RGBa"), dtype=np.float32) / 255
         return torch.from_numpy(pixels).movedim(-1, 0)
+
+
+def _lacking(text: str) -> list[str]:
+    """The characters of ``text`` that PIL's font has only a box for, as it has for U+FFFF, which is no character."""
+    font = ImageFont.load_default(16)
+    box = bytes(font.getmask("\uffff"))
+    return [character for character in dict.fromkeys(text) if bytes(font.getmask(character)) == box]
 
 
 def _rim(area: np.ndarray, thickness: int) -> np.ndarray:
