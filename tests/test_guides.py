@@ -12,6 +12,8 @@ SIZES = [(64, 64), (256, 384), (300, 130)]
 RED = torch.tensor([230, 25, 25])[:, None, None] / 255
 BOX = torch.zeros(1, 32, 48)
 BOX[0, 8:24, 12:24] = 1
+DOT = torch.zeros(1, 32, 48)
+DOT[0, 16, 20] = 1
 
 
 def redness(drawing, height, width):
@@ -102,6 +104,7 @@ def test_the_palette_of_a_picture_is_its_colours_the_most_frequent_first():
         (lambda: parse_colours("#e07a5f, reddish"), '"reddish" is no colour: write hex codes'),
         (lambda: Areas(torch.zeros(2, 8, 8)), "Mask 1 of the composition is empty"),
         (lambda: Areas(BOX, ("tree", "moon")), "There are 2 labels for 1 masks"),
+        (lambda: Areas(torch.cat([BOX, DOT])).draw(4, 6), "Mask 2 .*, 48 x 32 px, is too small .* of 6 x 4 px: paint"),
         (lambda: Areas(BOX, ("tree 木木 \t",)), r"The label 'tree 木木 \t' .* drawn \('木', '\\t'\): write it with"),
     ],
 )

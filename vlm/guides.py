@@ -173,10 +173,19 @@ class Areas:
                 )
 
     def draw(self, height: int, width: int) -> Tensor:
-        """See ``overlay.Drawing``."""
+        """See ``overlay.Drawing``.
+
+        Raises:
+            ValueError: nothing of a mask is left at this size.
+        """
         sheet = _Sheet(height, width)
-        for mask, label in zip_longest(self.masks, self.labels, fillvalue=""):
+        for i, (mask, label) in enumerate(zip_longest(self.masks, self.labels, fillvalue=""), 1):
             area = interpolate(mask[None, None].float(), (height * FINE, width * FINE), mode="bicubic")[0, 0] > 0.5
+            if not area.any():
+                raise ValueError(
+                    f"Mask {i} of the composition, {mask.shape[1]} x {mask.shape[0]} px, is too small to be seen in a "
+                    f"picture of {width} x {height} px: paint a larger area."
+                )
             rim = _rim(area.numpy(), round(sheet.line * FINE))
             sheet.image.paste(RED, mask=Image.fromarray(rim))
             y, x = (where.float().mean().item() / FINE for where in area.nonzero(as_tuple=True))
