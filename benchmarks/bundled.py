@@ -55,14 +55,13 @@ class Laboratory:
 
         from dual_process.tiny.text_encoder import load_tiny_clip
 
-        bundled = PACK / "tiny" / "models"
-        file = checkpoint or bundled / "dual_process_tiny.safetensors"
+        file = checkpoint or PACK / "tiny" / "models" / "dual_process_tiny.safetensors"
         with torch.inference_mode():
             self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(
                 str(file), output_clip=checkpoint is not None
             )[:3]
             if checkpoint is None:
-                self.clip = load_tiny_clip(bundled / "dual_process_tiny_text_encoder.safetensors")
+                self.clip = load_tiny_clip()
         self.dtype = torch.float32 if checkpoint is None else None
         self.ask(judge)
 

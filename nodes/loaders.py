@@ -216,4 +216,4 @@ class TinyTextEncoder(io.ComfyNode):
     def execute(cls):
         from ..tiny.text_encoder import load_tiny_clip
 
-        return io.NodeOutput(load_tiny_clip(TINY / "models" / "dual_process_tiny_text_encoder.safetensors"))
+        return io.NodeOutput(load_tiny_clip())

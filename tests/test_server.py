@@ -121,6 +121,11 @@ def test_all_nodes_are_there_and_explain_themselves(object_info):
         assert not silent, f"{name}: inputs without a tooltip: {silent}"
 
 
+def test_load_checkpoint_offers_the_tiny_student_and_not_its_prompt_encoder(client):
+    ours = [name for name in client.get_json("/models/checkpoints") if name.startswith("dual_process")]
+    assert ours == ["dual_process_tiny.safetensors"]
+
+
 def explained(page):
     """The names in the first columns of a help page's tables, by what stands over them: input or output."""
     columns = {"input": [], "output": []}

@@ -11,7 +11,6 @@ from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 
 TINY = Path(oracles.__file__).parent
 CHECKPOINT = TINY / "models" / "dual_process_tiny.safetensors"
-TEXT_ENCODER = TINY / "models" / "dual_process_tiny_text_encoder.safetensors"
 COUNT = 64
 
 
@@ -23,7 +22,7 @@ def student(comfy):
     from dual_process.tiny.text_encoder import load_tiny_clip
 
     model, _, vae = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_clip=False)[:3]
-    return model, load_tiny_clip(TEXT_ENCODER), vae
+    return model, load_tiny_clip(), vae
 
 
 def draw(student, prompt, steps=4, count=COUNT, seed=0, **part):
@@ -38,7 +37,7 @@ def draw(student, prompt, steps=4, count=COUNT, seed=0, **part):
 
 
 def test_all_files_together_are_small():
-    files = [CHECKPOINT, TEXT_ENCODER, *(TINY / "judge").iterdir(), *(TINY / "judge_of_guides").iterdir()]
+    files = [file for folder in ("models", "prompt_encoder", "judge*") for file in TINY.glob(f"{folder}/*")]
     assert sum(file.stat().st_size for file in files) <= 24e6
     assert not [file.name for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 

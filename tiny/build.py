@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from ..demo.comfyui import use_comfyui
 from . import build_judge, build_student, build_vae, refuse_ruins, teach_guides
 from .check import PER_CASE, check_judge, check_student
+from .text_encoder import TEXT_ENCODER
 from .training import save
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-CHECKPOINT, TEXT_ENCODER = "dual_process_tiny.safetensors", "dual_process_tiny_text_encoder.safetensors"
+CHECKPOINT = "models/dual_process_tiny.safetensors"
 QUICK_SHARE = 50  # --quick trains this many times less: it tries the code, the models are of no use
 
 
@@ -49,12 +50,12 @@ class Stages:
         self.reports[name] = json.loads(record.read_text())
 
 
-def pack_checkpoint(work: Path, models: Path) -> None:
-    """Write the half-precision checkpoint for the stock loader, and the text encoder beside it."""
+def pack_checkpoint(work: Path, out: Path) -> None:
+    """Write the half-precision checkpoint for the stock loader, and the text encoder."""
     weights = {f"model.diffusion_model.{name}": w for name, w in load_file(work / "student.safetensors").items()}
     weights |= {f"first_stage_model.{name}": w for name, w in load_file(work / "vae.safetensors").items()}
-    save(weights, models / CHECKPOINT, torch.float16)
-    save(load_file(work / "text.safetensors"), models / TEXT_ENCODER, torch.float16)
+    save(weights, out / CHECKPOINT, torch.float16)
+    save(load_file(work / "text.safetensors"), out / TEXT_ENCODER.relative_to(HERE), torch.float16)
 
 
 def build(out: Path, work: Path, device: str, quick: bool) -> dict:
@@ -67,7 +68,7 @@ def build(out: Path, work: Path, device: str, quick: bool) -> dict:
         work / "judge_first", device, build_judge.LOOK_STEPS // less, build_judge.STEPS // less))
     stages.run("student", lambda: build_student.train_student(
         work, vae, device, build_student.STEPS // less, build_student.SCENES // less))
-    pack_checkpoint(work, out / "models")
+    pack_checkpoint(work, out)
     stages.run("judge_finished", lambda: build_judge.finish_judge(
         work / "judge_first", work / "judge_finished", work, vae, device, build_judge.FINISH_STEPS // less,
         build_judge.POOL // less))
@@ -92,7 +93,7 @@ def main() -> None:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
     parser.add_argument("--quick", action="store_true", help="a fiftieth of the training, to try the code")
-    parser.add_argument("--out", type=Path, default=HERE, help="where models/, judge/ and judge_of_guides/ are written")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder to write models/, judge/ and so on into")
     parser.add_argument("--work", type=Path, help="folder for the stages' files, kept (default: OUT/build)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

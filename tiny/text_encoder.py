@@ -17,6 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import comfy.sd
 
+TEXT_ENCODER = Path(__file__).parent / "prompt_encoder" / "dual_process_tiny_text_encoder.safetensors"
 WORDS = ("a", "landscape", "with", "two", "balls", "the", "ball", "in", "front", "lines", "horizon",
          "warm", "cool", "high", "low", "thick", "thin", "white", "green")
 CONTEXT_WIDTH = POOLED_WIDTH = 64
@@ -99,11 +100,11 @@ class _Target:
     tokenizer = TinyTokenizer
 
 
-def load_tiny_clip(path: Path | str) -> comfy.sd.CLIP:
-    """Build a `comfy.sd.CLIP` from the bundled text encoder file; works with the stock text nodes."""
+def load_tiny_clip() -> comfy.sd.CLIP:
+    """Build a `comfy.sd.CLIP` from the bundled `TEXT_ENCODER`; works with the stock text nodes."""
     import comfy.sd
 
-    weights = load_file(path)
+    weights = load_file(TEXT_ENCODER)
     clip = comfy.sd.CLIP(_Target, parameters=sum(w.numel() for w in weights.values()))
     clip.load_sd(weights)
     clip.cond_stage_model.requires_grad_(False)
