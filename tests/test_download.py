@@ -15,6 +15,7 @@ WEIGHTS = os.urandom(30 * 1024 * 1024)
 FILES = {
     "config.json": b"{}",
     "model.safetensors": WEIGHTS,
+    "consolidated.safetensors": b"the weights once more",
     "pytorch_model.bin": b"a pickle",
     "modeling_evil.py": b"raise SystemExit",
     "onnx/model.json": b"{}",

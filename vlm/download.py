@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Weights as safetensors only, and none of the repository's code.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+SECOND_COPY = "consolidated*"  # the weights once more, as Mistral's own programs read them
 LAST = "config.json"  # comes last: where it is, everything else is too
 
 
@@ -101,7 +102,7 @@ class _Counting(io.FileIO):
 
 
 def _wanted(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in WANTED)
+    return any(fnmatch(name, pattern) for pattern in WANTED) and not fnmatch(name, SECOND_COPY)
 
 
 def _first_line(error: Exception) -> str:
