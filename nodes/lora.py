@@ -34,6 +34,13 @@ def read_lora(name: str) -> dict[str, torch.Tensor]:
     return load_file(folder_paths.get_full_path_or_raise("loras", name))
 
 
+def written_at(name: str | None) -> int | None:
+    """When a file in models/loras was written, in ns: for ``fingerprint_inputs``, since ComfyUI's cache knows files by
+    their names alone. None for what is no file, and for a name that comes from another node, which is None itself."""
+    path = None if name is None else folder_paths.get_full_path("loras", name)
+    return None if path is None else Path(path).stat().st_mtime_ns
+
+
 def lora_inputs() -> tuple[io.Input, io.Input]:
     """The two ways to give a node a LoRA: by name, and from a trainer."""
     return (
@@ -107,6 +114,10 @@ class ApplyLoRA(io.ComfyNode):
     def execute(cls, model, lora_name, strength, lora=None):
         return io.NodeOutput(with_patches(model, lora_patches(model, lora_name, lora, "LoRA Apply"), strength))
 
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_):
+        return written_at(lora_name)
+
 
 class SaveLoRA(io.ComfyNode):
     """LoRA -> a new file in models/loras."""
@@ -117,7 +128,7 @@ class SaveLoRA(io.ComfyNode):
             node_id="DualProcessSaveLoRA",
             display_name="Save LoRA",
             category=CATEGORY,
-            description="Writes a LoRA with its questions and scores into models/loras, each time under a new name.",
+            description="Writes a LoRA with its questions and scores into a new file in models/loras.",
             inputs=[
                 LoRAType.Input("lora", tooltip="The LoRA of a trainer."),
                 io.String.Input(

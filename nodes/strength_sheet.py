@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 import nodes
 
 from ..trainers.sheet import grid, to_image
-from .lora import lora_inputs, lora_patches, with_patches
+from .lora import lora_inputs, lora_patches, with_patches, written_at
 from .types import CATEGORY
 
 
@@ -101,6 +101,10 @@ class StrengthSheet(io.ComfyNode):
             except ValueError as error:
                 return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_):
+        return written_at(lora_name)
 
 
 def numbers_in(text: str) -> list[float]:

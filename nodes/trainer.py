@@ -26,7 +26,7 @@ from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
-from .lora import loras_folder, read_lora
+from .lora import loras_folder, read_lora, written_at
 from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
@@ -117,6 +117,10 @@ class Trainer(io.ComfyNode):
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
         return io.NodeOutput(lora, history, before, after, Report(run, lora.metadata), ui=pairs)
+
+    @classmethod
+    def fingerprint_inputs(cls, continue_from, **_):
+        return written_at(continue_from)
 
 
 def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:

@@ -78,6 +78,13 @@ def test_layers_of_the_same_name_and_another_size_are_left_out(lab, caplog):
         ApplyLoRA.execute(model, FROM_TRAINER, 1.0, wider)
 
 
+def test_no_file_and_a_name_from_another_node_do_not_make_a_node_run_again(loras):
+    from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
+
+    for name in (FROM_TRAINER, "deleted.safetensors", None):
+        assert ApplyLoRA.fingerprint_inputs(lora_name=name, model=None, strength=1.0) is None
+
+
 def test_only_files_that_can_be_read_are_offered(lab, loras):
     from dual_process.nodes.lora import ApplyLoRA
     from dual_process.nodes.trainer import Trainer

@@ -210,6 +210,31 @@ def test_second_queue_is_cached_and_another_seed_gets_a_new_file(client, teach):
     assert len(loras(client) - known) == 1
 
 
+def test_another_file_under_the_same_name_is_read_anew(client, server, teach):
+    known = loras(client)
+    client.run(smallest(teach(seed=23)))
+    (name,) = loras(client) - known
+    graph = smallest(teach(seed=24, continue_from=name))
+    (trainer,), (apply,) = (nodes_of(graph, f"DualProcess{kind}") for kind in ("Trainer", "ApplyLoRA"))
+    del graph[apply]["inputs"]["lora"]
+    graph[apply]["inputs"]["lora_name"] = name
+    drawn = {key: graph[trainer]["inputs"][key] for key in ("model", "vae", "positive", "latent", "cfg", "seed")}
+    drawn |= {"sampler_steps": 1, "sampler_name": "euler", "scheduler": "simple"}
+    inputs = {**drawn, "lora_name": name, "strengths": "1"}
+    graph["sheet"] = {"class_type": "DualProcessStrengthSheet", "inputs": inputs}
+    readers = {trainer, apply, "sheet"}
+
+    def cached():
+        events = []
+        client.run(graph, events.append)
+        (nodes,) = [event["data"]["nodes"] for event in events if event["type"] == "execution_cached"]
+        return readers.intersection(nodes)
+
+    assert cached() == set() and cached() == readers
+    (server.base / "models" / "loras" / name).touch()
+    assert cached() == set()
+
+
 def test_cancel_leaves_the_model_as_it_was(client, teach):
     drawing = drawing_only(teach(), seed=5)
     before = pixels(client, client.run(drawing), drawing)

@@ -36,9 +36,9 @@ def file_start(root: Path, prefix: str) -> Path:
 
 
 def new_lora_path(root: Path, prefix: str) -> Path:
-    """The first free ``<root>/<prefix>_00001.safetensors``.
+    """``<root>/<prefix>_00001.safetensors``, or one number more than the highest there.
 
-    ComfyUI's loader keeps files by path, so a name is never used twice.
+    No file is written over and no gap is filled: only the number of a deleted newest file is given again.
 
     Raises:
         ValueError: ``prefix`` is empty or leads out of ``root``.
