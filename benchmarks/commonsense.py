@@ -28,13 +28,12 @@ from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laborato
 from dual_process.tiny.oracles import holds
 from dual_process.tiny.questions import KEEP_QUESTION
 from dual_process.tiny.scenes import SIDE
-from dual_process.trainers.guards import changes, warning
+from dual_process.trainers.guards import NOTICEABLE, changes, warning
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
 HELD_OUT = 32
-NOTICEABLE = 0.15
 WAYS = ("prompt", "explicit prompt", "LoRA")
 
 
