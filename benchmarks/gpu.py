@@ -230,7 +230,7 @@ def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
         turns = way.student.turns
         return found | ({"moving_seconds": turns.seconds} if turns.apart else {})
     except (torch.OutOfMemoryError, DoesNotFit):
-        return NO_ROOM
+        return dict(NO_ROOM)
     finally:
         release()
 
@@ -316,7 +316,7 @@ def main() -> None:
         for student, shape in students.items():
             architecture, model = shape.architecture(), made(lambda: student_model(shape, device))
             if model is None:
-                result[student] = NO_ROOM
+                result[student] = dict(NO_ROOM)
                 continue
             vae = None if arguments.tiny else real_vae(architecture.latent[1], device)
             for judge_name, judge in judges(builders, device):
@@ -330,7 +330,7 @@ def main() -> None:
                         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
                     del pair
                 if judge is None:
-                    result[f"{student}, {judge_name}"] = NO_ROOM
+                    result[f"{student}, {judge_name}"] = dict(NO_ROOM)
                 del judge
                 release()
             del model, vae

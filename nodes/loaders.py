@@ -131,7 +131,7 @@ class JudgeLoader(io.ComfyNode):
     def validate_inputs(cls, judge, hub_id=""):
         """ComfyUI itself would refuse an unlisted judge even where hub_id takes its place; what comes from another
         node is None here and checked later."""
-        if judge is not None and hub_id == "":
+        if judge is not None and hub_id is not None and not hub_id.strip():
             try:
                 below(judges(), judge)
             except ValueError as error:

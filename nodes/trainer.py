@@ -108,7 +108,7 @@ class Trainer(io.ComfyNode):
         prompts = prompt_texts(cls.hidden.dynprompt.get_node, cls.hidden.unique_id)
         try:
             run = student.run(teach, beside=[one.patcher for one in judges])
-        except Exception:
+        except BaseException:  # Cancel is no Exception in newer ComfyUIs
             show.rescue(learned)
             raise
         lora = learned(run)
@@ -190,7 +190,8 @@ class Progress:
     def __init__(self, node_id: str, steps: int):
         self.node_id, self.steps = node_id, steps
         self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
-        self.shown, self.warned = 0.0, ""
+        self.shown = 0.0
+        self.warned = ""
         self.run: Run | None = None
 
     def __call__(self, run: Run, images: Tensor) -> None:
@@ -218,15 +219,21 @@ class Progress:
         self.say(text)
 
     def rescue(self, learned: Callable[[Run], TrainedLoRA]) -> None:
-        """Save what a run that was cancelled or failed had learned at its best look, if any was better than none."""
-        if self.run is None or self.run.checks[-1].step == 0:
+        """Save the LoRA of the best look of a run that was cancelled or failed, if an answer had become likelier."""
+        run = self.run
+        if run is None or not any(now > then for then, now in zip(run.checks[0].scores, run.checks[-1].scores)):
             return
-        self.run.stopped = f"broken off after {len(self.run.loss)} steps"
+        run.stopped = f"broken off after {len(run.loss)} steps"
         path = new_lora_path(loras_folder(), UNFINISHED)
-        save_lora(learned(self.run), path)
+        try:
+            save_lora(learned(run), path)
+        except Exception:  # the user has to see why the run ended
+            log.exception("The LoRA of the run that was broken off could not be saved")
+            return
+        name = path.relative_to(loras_folder()).as_posix()
         self.say(
-            f"Broken off. The LoRA of step {self.run.checks[-1].step}, the best so far, is saved as {path}. "
-            "Choose it in continue_from to go on."
+            f"Broken off. The LoRA of step {run.checks[-1].step}, the best so far, is saved as {name}. To go on from "
+            f"it, press R and choose it in continue_from. {self.warned}"
         )
 
     def end(self, run: Run) -> None:

@@ -90,12 +90,14 @@ def test_quantisation_without_its_package_is_one_sentence(loaders, models, monke
         load(loaders, quantisation="4-bit")
 
 
-def test_a_judge_in_4_bits_does_not_compute_in_32():
-    pytest.importorskip("bitsandbytes")
+def test_a_judge_in_4_bits_does_not_compute_in_32(monkeypatch):
+    """As transformers is told; bitsandbytes itself is not needed."""
     from dual_process.vlm.loading import _quantisation
 
-    assert _quantisation(4, None).bnb_4bit_compute_dtype == torch.bfloat16
-    assert _quantisation(4, torch.float16).bnb_4bit_compute_dtype == torch.float16
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", dict)
+    assert _quantisation(4, None)["bnb_4bit_compute_dtype"] == torch.bfloat16
+    assert _quantisation(4, torch.float16)["bnb_4bit_compute_dtype"] == torch.float16
 
 
 def test_a_model_that_links_out_of_the_models_folder_is_refused(loaders, models, tmp_path):

@@ -90,25 +90,25 @@ def test_a_half_precision_model_gets_a_float32_lora():
     assert net.blocks[0].mlp[0](torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
 
 
-def test_activations_are_kept_once_and_as_they_came():
+def test_activations_are_kept_in_their_own_dtype_and_may_be_written_into():
     """By query, key and value in bfloat16; gradients are those of the product in float32."""
     layers = nn.ModuleDict({name: nn.Linear(16, 16).bfloat16().requires_grad_(False) for name in "qkv"})
     lora = LoRA(dict(layers.items()), rank=2, alpha=6.0, seed=0)
     for adapter in lora.adapters:
         nn.init.normal_(adapter.B)
-    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    kept = []
+    start = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    x, kept = start.clone(), []
     lora.inject(layers)
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
         updated = torch.stack([layer(x) for layer in layers.values()])
     lora.eject()
-    assert {saved.data_ptr() for saved in kept if saved.numel() == x.numel()} == {x.data_ptr()}
+    x += 1
+    assert [saved.dtype for saved in kept if saved.shape == x.shape] == 3 * [torch.bfloat16]
 
-    wide = x.float()
-    updates = [(3.0 * wide @ adapter.A.T @ adapter.B.T).bfloat16() for adapter in lora.adapters]
-    formula = torch.stack([layer(x) + update for layer, update in zip(layers.values(), updates)])
+    updates = [(3.0 * start.float() @ adapter.A.T @ adapter.B.T).bfloat16() for adapter in lora.adapters]
+    formula = torch.stack([layer(start) + update for layer, update in zip(layers.values(), updates)])
     weights = torch.randn(formula.shape, generator=torch.Generator().manual_seed(1))
-    learned = [x, *lora.parameters()]
+    learned = [start, *lora.parameters()]
     for found, exact in zip(*(torch.autograd.grad((y * weights).sum(), learned) for y in (updated, formula))):
         assert (found - exact).norm() < 0.01 * exact.norm()
 

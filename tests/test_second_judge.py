@@ -94,14 +94,6 @@ def test_the_same_judge_twice_is_refused(lab, trained):
         trained(judge=judge, second_judge=judge)
 
 
-def test_what_the_node_warned_of_is_said_again_at_the_end(lab, trained, monkeypatch):
-    from dual_process.trainers.comfy_student import ComfyStudent
-
-    monkeypatch.setattr(ComfyStudent, "size_warning", lambda student: "These pictures are small.")
-    _, shown = trained(judge=lab.build_judge())
-    assert shown[0] == "These pictures are small." and shown[-1].endswith(". These pictures are small.")
-
-
 def test_questions_are_checked_against_it_before_anything_is_drawn(lab, trained):
     second = lab.build_judge()
     second.judge.check = lambda questions: (_ for _ in ()).throw(ValueError("The second judge takes one picture."))

@@ -345,6 +345,7 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
         lab.build_student("SD3", sigmas=torch.tensor([1.0, 0.75]))
     with pytest.raises(ValueError, match="uses the negative prompt at cfg 1 too"):
         lab.build_student("SD3", negative=None, cfg=1.0, sampler=comfy.samplers.sampler_object("euler_cfg_pp"))
+    lab.build_student("SD3", sigmas=torch.tensor([1.0, 0.5, 0.02]))  # LaplaceScheduler's last one is no 0
     with pytest.raises(ValueError, match="matches the LoRA targets 'nonsense'"):
         lab.build_student("SD3", targets="nonsense")
     with pytest.raises(ValueError, match=r"'\(\[' are no regular expression \(unterminated"):

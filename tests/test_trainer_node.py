@@ -56,6 +56,29 @@ def test_the_benchmarks_teach_as_the_templates_do(trainer):
         assert saved["target"] == target
 
 
+def test_what_the_node_warned_of_is_said_again_at_the_end(lab, trained, monkeypatch):
+    from dual_process.trainers.comfy_student import ComfyStudent
+
+    monkeypatch.setattr(ComfyStudent, "size_warning", lambda student: "These pictures are small.")
+    _, shown = trained(judge=lab.build_judge())
+    assert shown[0] == "These pictures are small." and shown[-1].endswith(". These pictures are small.")
+
+
+def test_a_run_that_fails_says_why_also_if_its_lora_cannot_be_saved(trainer, lab, trained, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    def stop_at_third_step(progress, run, images):
+        progress.run = run
+        if len(run.loss) == 3:
+            raise MemoryError("the GPU is full")
+
+    monkeypatch.setattr(trainer, "save_lora", fail)
+    monkeypatch.setattr(trainer.Progress, "__call__", stop_at_third_step)
+    with pytest.raises(MemoryError, match="the GPU is full"):
+        trained(judge=lab.build_judge(), steps=5, learning_rate=1e-2)
+
+
 @pytest.mark.parametrize("name", ["euler", "dpm_2", "uni_pc"])
 def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
     """It leaves a noise level out for some samplers; SamplerCustom does not."""

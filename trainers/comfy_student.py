@@ -58,7 +58,7 @@ class ComfyStudent:
         positives: CONDITIONINGs with the prompts to train on; each row of a batched one is a prompt.
         negative: CONDITIONING, or None when ``cfg`` is 1 and nothing else uses it, as CFG++ samplers do.
         latent: ComfyUI LATENT; its batch size is the number of pictures per step.
-        sigmas: noise levels of the schedule, falling, last one 0; shape [steps + 1].
+        sigmas: noise levels of the schedule, falling to 0 or near it; shape [steps + 1].
         sampler: ComfyUI SAMPLER that walks them.
         cfg: classifier-free guidance scale.
         rank, alpha, seed, targets: of the LoRA, see ``lora.LoRA`` and ``lora.lora_targets``.
@@ -90,10 +90,10 @@ class ComfyStudent:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
-        if sigmas[-1] != 0:
+        if sigmas[-1] > sigmas[0] / 10:
             raise ValueError(
                 f"The schedule ends at sigma {sigmas[-1]:.3g}, so the judge would look at pictures that are not drawn "
-                "to the end. Connect sigmas that end at 0, not the first half of SplitSigmas."
+                "to the end. Connect sigmas that end at or near 0, not the first half of SplitSigmas."
             )
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
             raise ValueError(
@@ -364,8 +364,8 @@ def _swaps_weights(conditioning: list) -> bool:
 
 def _asks_for_negative(model: ModelPatcher, sampler: comfy.samplers.KSAMPLER) -> bool:
     """Whether pictures at cfg 1 depend on the negative prompt."""
-    cfg_pp = "cfg_pp" in getattr(sampler.sampler_function, "__name__", "")
-    return cfg_pp or model.model_options.get("disable_cfg1_optimization", False)
+    name = getattr(sampler.sampler_function, "__name__", "")
+    return "cfg_pp" in name or "euler_pp" in name or model.model_options.get("disable_cfg1_optimization", False)
 
 
 def _outside_torch(error: Exception) -> str:

@@ -111,8 +111,8 @@ def train(
             unclamped.
         second: a judge that scores the held-out pictures too and chooses among them, see ``Looks``, or None.
     Returns:
-        The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0),
-        also if ``on_step`` raises.
+        The run; the student's LoRA is left as it was at the best check (at the last step, if ``check_every`` is 0).
+        If ``on_step`` raises, or anything fails, too; with ``check_every`` 0 it is then left as it began.
     Raises:
         RuntimeError: no gradient arrives at the LoRA, or none that is finite.
     """

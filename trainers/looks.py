@@ -66,6 +66,9 @@ class Looks:
     def take(self, step: int) -> str:
         """Look, and keep the LoRA as it is now if it is the best; returns how the pictures drifted beyond the limit,
         in words, if they did."""
+        for check in self.run.checks[1:]:
+            if check is not self.best:
+                check.pictures = None
         look, watching = self._look(step), self.settings.check_every > 0
         drift = warning(look.changes, self.settings.drift_limit or math.inf) if watching else ""
         if not drift:
@@ -104,9 +107,6 @@ class Looks:
     @torch.no_grad()
     def _look(self, step: int) -> Check:
         """Draw the held-out seeds to the end, ask the judges about them and compare them with the run's first."""
-        for check in self.run.checks[1:]:
-            if check is not self.best:
-                check.pictures = None
         batches = self._draw()
         with self.student.lora.disabled():
             before = self._draw() if self.objective.compares else [None] * len(batches)

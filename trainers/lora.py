@@ -85,24 +85,22 @@ def _chosen(path: str, wanted: re.Pattern) -> bool:
 
 
 class Down(torch.autograd.Function):
-    """``A x`` in A's dtype, for x [..., in_features] of any dtype and A [rank, in_features].
+    """``A x`` in A's dtype, for x [..., in_features] and A [rank, in_features].
 
-    What waits for backward is x as it came, which layers that read the same x share; autograd's own product would keep
-    a float32 copy for each of them.
+    What waits for backward is a copy of x in its own dtype, which blocks may then write into; autograd's own product
+    would keep one in float32.
     """
 
     @staticmethod
-    def forward(x: Tensor, A: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, A: Tensor) -> Tensor:
+        ctx.save_for_backward(x if x.dtype == A.dtype else x.clone(), A)
         return x.to(A.dtype) @ A.T
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, A = ctx.saved_tensors
-        return (grad @ A).to(x.dtype), grad.flatten(0, -2).T @ x.flatten(0, -2).to(A.dtype)
+        to_x = (grad @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return to_x, grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
 
 
 class Adapter(nn.Module):
@@ -183,5 +181,5 @@ class LoRA(nn.Module):
         tensors = {}
         for path, adapter in zip(self.paths, self.adapters):
             tensors[f"diffusion_model.{path}.lora_A.weight"] = adapter.A.detach().cpu().clone().contiguous()
-            tensors[f"diffusion_model.{path}.lora_B.weight"] = (adapter.B.detach() * adapter.scale).cpu().contiguous()
+            tensors[f"diffusion_model.{path}.lora_B.weight"] = (adapter.B.detach().cpu() * adapter.scale).contiguous()
         return tensors

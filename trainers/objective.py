@@ -26,7 +26,7 @@ class Objective:
     ``answer margin`` applies to Yes/No questions: ``relu(logit target - (log P(wanted) - log P(other)))``. It also
     cancels the judge's leaning to one answer. Other answers have no opposite: they go up to the target instead.
 
-    A question to keep pushes only as long as its answer is less likely than before training.
+    A question to keep pushes only as long as its answer is less likely than before training and than the target.
 
     Args:
         questions: at least one that is not to keep; weights are relative.

@@ -30,16 +30,17 @@ def rank(
 
     Returns:
         order: ``[B]`` indices, best first; equal scores keep the batch's order.
-        scores: ``[B, Q]``, 0..1, as the trainer's: for Yes and No the probability of the wanted one against the
-            other, else that of the answer (geometric mean over its tokens).
+        scores: ``[B, Q]``, 0..1, as the trainer's with the answer margin: for Yes and No the probability of the
+            wanted one against the other, else that of the answer (geometric mean over its tokens).
         means: ``[B]`` weighted mean of the scores.
     """
     opposites = {n: other for n, question in enumerate(questions) if (other := question.opposite())}
     rows = []
     for shown in beside(reference, pictures):
         log_p = judge.log_likelihood([picture[None] for picture in shown], [*questions, *opposites.values()]).cpu()
-        scores, others = log_p[:, : len(questions)].exp(), log_p[:, len(questions) :].exp()
-        scores[:, list(opposites)] /= scores[:, list(opposites)] + others
+        wanted, others = log_p[:, : len(questions)], log_p[:, len(questions) :]
+        scores = wanted.exp()
+        scores[:, list(opposites)] = (wanted[:, list(opposites)] - others).sigmoid()
         rows.append(scores)
         after_each()
     scores = torch.cat(rows)
