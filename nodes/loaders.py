@@ -112,7 +112,10 @@ class JudgeLoader(io.ComfyNode):
         hub_id = hub_id.strip()
         folder, root = below({hub_id: hub_judge(hub_id, download)} if hub_id else judges(), hub_id or judge)
         adapter, adapter_root = (None, None) if lora == NO_LORA else below(discover_adapters(roots()), lora)
-        on_cpu = mm.is_device_cpu(mm.get_torch_device())
+        device = mm.get_torch_device()
+        on_cpu = mm.is_device_cpu(device)
+        if BITS[quantisation] is not None:  # bitsandbytes loads straight onto the device
+            mm.free_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")), device)
         loaded = load_judge(
             folder,
             dtype=(torch.float32 if on_cpu else None) if dtype == "auto" else getattr(torch, dtype),

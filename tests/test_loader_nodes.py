@@ -85,9 +85,14 @@ def test_a_lora_is_merged(loaders, models):
 
 
 def test_quantisation_without_its_package_is_one_sentence(loaders, models, monkeypatch):
+    import comfy.model_management as mm
+
+    freed = []
+    monkeypatch.setattr(mm, "free_memory", lambda size, device: freed.append(size))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="A judge in 4 bits needs the package bitsandbytes"):
         load(loaders, quantisation="4-bit")
+    assert freed == [(models / "someone" / "tiny" / "model.safetensors").stat().st_size], "it goes straight to the GPU"
 
 
 def test_a_judge_in_4_bits_does_not_compute_in_32(monkeypatch):
