@@ -30,6 +30,7 @@ from dual_process.tiny.questions import KEEP_QUESTION
 from dual_process.tiny.scenes import SIDE
 from dual_process.trainers.guards import NOTICEABLE, changes, warning
 from dual_process.trainers.objective import Objective
+from dual_process.vlm.answers import log_odds
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
@@ -101,11 +102,8 @@ def scored(pictures: dict[str, Tensor], asked: Question, judges: dict, about: st
 
 def _answers(judge, pictures: Tensor, asked: Question) -> Tensor:
     """Whether the wanted answer is the more likely one, or, if it is not Yes or No, more likely than not; bool [B]."""
-    opposite = asked.opposite()
-    if opposite is None:
-        return judge.log_likelihood(pictures, [asked])[:, 0].exp() > 0.5
-    log_p = judge.log_likelihood(pictures, [asked, opposite])
-    return log_p[:, 0] > log_p[:, 1]
+    log_p, (ahead,) = log_odds(judge, pictures, [asked])
+    return log_p[:, 0].exp() > 0.5 if ahead is None else ahead > 0
 
 
 def told(lesson: Lesson) -> dict:

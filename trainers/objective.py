@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..vlm.answers import log_odds
 from ..vlm.overlay import BeforeAfter
 from ..vlm.question import Question
 
@@ -63,20 +64,19 @@ class Objective:
         ``untaught``, of the same shape, is needed where a question ``compares``.
         A score is P(wanted answer); with ``MARGIN``, for a Yes/No question, P(wanted) / (P(wanted) + P(other)).
         """
-        opposites = [q.opposite() if self.kind == MARGIN else None for q in self.questions]
-        log_p = judge.log_likelihood(images, [*self.questions, *(o for o in opposites if o is not None)], untaught)
-        others = iter(log_p.T[len(self.questions) :])
+        if self.kind == MARGIN:
+            log_p, odds = log_odds(judge, images, self.questions, untaught)
+        else:
+            log_p, odds = judge.log_likelihood(images, self.questions, untaught), [None] * len(self.questions)
         losses, scores = [], []
-        for i, opposite in enumerate(opposites):
-            wanted = log_p[:, i]
-            if opposite is None:
+        for i, (wanted, ahead) in enumerate(zip(log_p.T, odds)):
+            if ahead is None:
                 won = 1.0 if self.kind == LIKELIHOOD else self.target
                 losses.append(torch.relu(self._goal(i, torch.log, won) - wanted))
                 scores.append(wanted.exp())
             else:
-                odds = wanted - next(others)
-                losses.append(torch.relu(self._goal(i, torch.logit, self.target) - odds))
-                scores.append(odds.sigmoid())
+                losses.append(torch.relu(self._goal(i, torch.logit, self.target) - ahead))
+                scores.append(ahead.sigmoid())
         weights = log_p.new_tensor([q.weight for q in self.questions])
         loss = (torch.stack(losses, dim=1) * weights).sum(dim=1).mean() / weights.sum()
         return loss, torch.stack(scores, dim=1).detach()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .answers import log_odds
 from .judge import Judge, beside
 from .question import Question
 
@@ -34,14 +35,11 @@ def rank(
             wanted one against the other, else that of the answer (geometric mean over its tokens).
         means: ``[B]`` weighted mean of the scores.
     """
-    opposites = {n: other for n, question in enumerate(questions) if (other := question.opposite())}
     rows = []
     for shown in beside(reference, pictures):
-        log_p = judge.log_likelihood([picture[None] for picture in shown], [*questions, *opposites.values()]).cpu()
-        wanted, others = log_p[:, : len(questions)], log_p[:, len(questions) :]
-        scores = wanted.exp()
-        scores[:, list(opposites)] = (wanted[:, list(opposites)] - others).sigmoid()
-        rows.append(scores)
+        log_p, odds = log_odds(judge, [picture[None] for picture in shown], questions)
+        of_each = [wanted.exp() if ahead is None else ahead.sigmoid() for wanted, ahead in zip(log_p.T, odds)]
+        rows.append(torch.stack(of_each, dim=1).cpu())
         after_each()
     scores = torch.cat(rows)
     weights = torch.tensor([question.weight for question in questions])
