@@ -21,7 +21,7 @@ from dual_process.benchmarks import guided
 from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table, largest_change
 from dual_process.tiny.oracles import measure
-from dual_process.trainers.dual_process import ANY_STEP, Run, Settings
+from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
 
 SLID = [f"{about} Yes" for about in PROPERTIES]
@@ -29,9 +29,7 @@ EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
-PUBLISHED = Settings(
-    steps=180, learning_rate=1e-3, learn_at=ANY_STEP, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0
-)
+PUBLISHED = Settings(steps=180, learning_rate=1e-3, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0)
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property,
 # in batches of half the size and TEMPLATE's number of steps, and beside it the same with nothing changed
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
@@ -46,7 +44,7 @@ WITHOUT = {
     "without looks at held-out seeds": {"check_every": 0},
     "without a target": {"kind": LIKELIHOOD},
     "without the question to keep": {"keep": False},
-    "learning at any step": {"learn_at": ANY_STEP},
+    "learning at early steps": {"learn_at": EARLY_STEPS},
     "with crops and contrast": {"augment": 1.0},
 }
 

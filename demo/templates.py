@@ -50,7 +50,6 @@ def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
         latent=latent,
         judge=judge,
         questions=questions,
-        learn_at="early steps",
         **models.training | lesson.training,
     )
     lora = Out(trainer, 0)
