@@ -7,9 +7,11 @@ before. The judge is the bundled one that reads guides.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from statistics import mean
 
 import torch
 from safetensors.torch import load_file
@@ -92,30 +94,30 @@ def moved(before: Tensor, after: Tensor, about: str, least: float) -> dict[str, 
 
 
 def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool = False) -> None:
-    """Add a row for every value of every guide and for every comparison that is not there yet; ``only``: whose name
-    begins so, ``seldom``: three of the five values."""
+    """Add a row for every value of every guide and for every comparison, with three training seeds, unless it is there;
+    ``only``: whose name begins so, ``seldom``: three of the five values, one seed."""
     laboratory.ask(PACK / "tiny" / "judge_of_guides")
 
     def learn(name: str, question: Question, settings: Settings) -> Lesson | None:
         """What came of a row's training, unless it is there or not asked for."""
-        if not name.startswith(only) or table.has(name, 0):
+        if not name.startswith(only) or table.has(name, settings.seed):
             return None
         goal = Objective([question, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
         return laboratory.learn(goal, settings, batch=BATCH)
 
-    for name, kind, scene, guide in guides(seldom):
-        if lesson := learn(name, Question(KINDS[kind].question, guide=guide), SETTINGS[kind]):
+    for seed, (name, kind, scene, guide) in itertools.product(range(1 if seldom else 3), guides(seldom)):
+        if lesson := learn(name, Question(KINDS[kind].question, guide=guide), replace(SETTINGS[kind], seed=seed)):
             about = KINDS[kind].about
             target = measure(scene)[MEASURES[about]].item()
             before, after = (followed(pictures, about, target) for pictures in (lesson.before, lesson.after))
             changed = changes(lesson.before, lesson.after)
-            table.add(name, 0, lesson, {}, {"target": target, "before": before, "after": after, "changes": changed})
-    for about, comparison in COMPARISONS.items():
-        name = f"before and after, {about}"
-        if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), COMPARED[about]):
+            table.add(name, seed, lesson, {}, {"target": target, "before": before, "after": after, "changes": changed})
+    for seed, (about, comparison) in itertools.product(range(1 if seldom else 3), COMPARISONS.items()):
+        name, settings = f"before and after, {about}", replace(COMPARED[about], seed=seed)
+        if lesson := learn(name, Question(comparison.question, guide=BeforeAfter()), settings):
             least = math.copysign(MOVED[about], comparison.full)
             found = moved(lesson.before, lesson.after, about, least)
-            table.add(name, 0, lesson, {}, {"moved": found, "changes": changes(lesson.before, lesson.after)})
+            table.add(name, seed, lesson, {}, {"moved": found, "changes": changes(lesson.before, lesson.after)})
 
 
 def save_examples(table: Table, laboratory: Laboratory) -> None:
@@ -133,37 +135,49 @@ def save_examples(table: Table, laboratory: Laboratory) -> None:
 
 def summary(rows: list[dict]) -> str:
     """Markdown: a line for each guide, with the mean distance to it before and after, over all of its values at which a
-    picture stayed clean; then a line for each comparison."""
+    picture stayed clean, and all training seeds, beside the worst seed; then a line for each comparison, likewise."""
     columns = (
-        "guide, targets, means after, distance before, after, less by, correlation, clean, largest change, diversity"
+        "guide, targets, means after, distance before, after, less by, worst seed, correlation, worst seed, clean, "
+        "largest change, diversity"
     )
     columns = columns.split(", ")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for kind in GUIDES:
         found = [row for row in rows if row["row"].startswith(f"guide, {kind} ") and "error" in row["after"]]
-        if len(found) < 2:
+        seeds = [[row for row in found if row["seed"] == seed] for seed in sorted({row["seed"] for row in found})]
+        if not seeds or min(map(len, seeds)) < 2:
             continue
-        before, after = (sum(row[when]["error"] for row in found) / len(found) for when in ("before", "after"))
-        targets, means = [row["target"] for row in found], [row["after"]["mean"] for row in found]
-        follows = torch.corrcoef(torch.tensor([targets, means]))[0, 1].item()
-        clean = sum(row["after"]["readable"] for row in found) / len(found)
+        before, after = (mean(row[when]["error"] for row in found) for when in ("before", "after"))
+        less = [
+            1 - mean(row["after"]["error"] for row in one) / mean(row["before"]["error"] for row in one)
+            for one in seeds
+        ]
+        follows = [correlation(one) for one in seeds]
+        targets = sorted({row["target"] for row in found})
+        means = [mean(row["after"]["mean"] for row in found if row["target"] == target) for target in targets]
+        clean = mean(row["after"]["readable"] for row in found)
         listed = (", ".join(f"{value:.2f}" for value in values) for values in (targets, means))
         lines.append(
-            f"| {kind} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {1 - after / before:.0%} "
-            f"| {follows:.2f} | {clean:.1%} | {guarded(found)} |"
+            f"| {kind} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {mean(less):.0%} | {min(less):.0%} "
+            f"| {mean(follows):.2f} | {min(follows):.2f} | {clean:.1%} | {guarded(found)} |"
         )
-    lines += [
-        "",
-        "| before and after | moved by | moved enough (of clean pairs) | clean | steps | largest change | diversity |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["row"].startswith("before and after, ") and "mean" in row["moved"]:
-            found = row["moved"]
-            about = row["row"].split(", ")[1]
-            numbers = f"{found['mean']:+.2f} | {found['moved']:.1%} | {found['readable']:.1%}"
-            lines.append(f"| {about} | {numbers} | {row['steps']} | {guarded([row])} |")
+    columns = "before and after, moved by, moved enough (of clean pairs), worst seed, clean, worst seed, steps, "
+    columns = f"{columns}largest change, diversity".split(", ")
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for about in COMPARISONS:
+        found = [row for row in rows if row["row"] == f"before and after, {about}" and "mean" in row["moved"]]
+        if found:
+            by, enough, clean = ([row["moved"][key] for row in found] for key in ("mean", "moved", "readable"))
+            shares = " | ".join(f"{mean(one):.1%} | {min(one):.1%}" for one in (enough, clean))
+            steps = mean(row["steps"] for row in found)
+            lines.append(f"| {about} | {mean(by):+.2f} | {shares} | {steps:.0f} | {guarded(found)} |")
     return "\n".join(lines)
+
+
+def correlation(rows: list[dict]) -> float:
+    """Of the rows' targets with what the pictures have as a mean."""
+    pairs = [(row["target"], row["after"]["mean"]) for row in rows]
+    return torch.corrcoef(torch.tensor(pairs).T)[0, 1].item()
 
 
 def guarded(rows: list[dict]) -> str:

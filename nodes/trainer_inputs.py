@@ -143,9 +143,9 @@ def _further() -> list[io.Input]:
         io.Combo.Input(
             "learn_at",
             options=LEARN_AT,
-            tooltip="The sampler steps that are learned from. Early steps decide what is where (with few "
-            "sampler steps, best for composition), late ones how it is drawn. Fresh noise: draw once, learn the last "
-            "step under as many noises as 'accumulate' says.",
+            tooltip="The sampler steps that are learned from. Early steps decide what is where, late ones how it is "
+            "drawn; any step teaches both, and left the cleanest pictures where it was measured. Fresh noise: draw "
+            "once, learn the last step under as many noises as 'accumulate' says.",
         ),
         io.Int.Input(
             "accumulate",

@@ -333,12 +333,19 @@ def test_guides_are_summed_up_over_their_values():
     from dual_process.demo.measure import DRIFT_METRICS
 
     rows = [
-        {"row": f"guide, horizon {target}", "target": target, "before": {"error": 0.2}}
-        | {"after": {"error": 0.05, "mean": target + 0.05, "readable": 1.0}}
+        {"row": f"guide, horizon {target}", "seed": seed, "target": target, "before": {"error": 0.2}}
+        | {"after": {"error": error, "mean": target + error, "readable": 1.0}}
         | {"changes": dict.fromkeys(DRIFT_METRICS, 0.01) | {"saturation": -target, "diversity": 0.1 - target}}
+        for seed, error in enumerate((0.05, 0.1, 0.0))
         for target in (0.3, 0.5, 0.7)
     ]
-    assert summary(rows).splitlines()[2].endswith("| 0.200 | 0.050 | 75% | 1.00 | 100.0% | saturation 70% | -60% |")
+    line = summary(rows).splitlines()[2]
+    assert line.startswith(
+        "| horizon | 0.30, 0.50, 0.70 | 0.35, 0.55, 0.75 | 0.200 | 0.050 | 75% | 50% | 1.00 | 1.00 |"
+    )
+    assert line.endswith("| 100.0% | saturation 70% | -60% |")
+    rows[0]["after"]["mean"] = 0.9
+    assert summary(rows).splitlines()[2].split(" | ")[8] == "-0.43"
     assert len(control.summary(rows).splitlines()) == 2, "these are no rows of its table"
 
 
@@ -355,10 +362,10 @@ def test_what_moved_is_told_seed_by_seed():
     assert found == {"mean": pytest.approx(-0.2 / 3, abs=0.01), "moved": pytest.approx(2 / 3), "readable": 1.0}
     assert moved(after, before, "horizon", 0.04)["moved"] == pytest.approx(2 / 3)
     row = {"row": "before and after, horizon", "steps": 90, "moved": found, "changes": changes(before, after)}
-    told = summary([row]).splitlines()[-1]
-    assert told.startswith("| horizon | -0.07 | 66.7% | 100.0% | 90 | ") and told.endswith(
-        f"{row['changes']['diversity']:+.0%} |"
-    )
+    worse = row | {"steps": 110, "moved": {"mean": 0.0, "moved": 1 / 3, "readable": 0.5}}
+    told = summary([row, worse]).splitlines()[-1]
+    assert told.startswith("| horizon | -0.03 | 50.0% | 33.3% | 75.0% | 50.0% | 100 | ")
+    assert told.endswith(f"{row['changes']['diversity']:+.0%} |")
 
 
 @pytest.mark.parametrize("held_at, looks, seconds", [(4, True, 6.0), (4, False, 4.0), (8, True, 10.0), (9, True, None)])
