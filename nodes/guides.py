@@ -158,11 +158,17 @@ class CompositionGuide(io.ComfyNode):
                     tooltip="What belongs into each masked area: one line per mask of the batch, in letters A to Z.",
                 ),
                 *_wording_and_showing(COMPOSITION_QUESTION),
-                io.Mask.Input("mask", optional=True, tooltip="An area, or a batch of them; stretched to the picture."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="An area, or a batch of them; stretched to the picture. With a sketch: 1 where the sketch "
+                    "is clear, as Load Image gives it.",
+                ),
                 io.Image.Input(
                     "sketch",
                     optional=True,
-                    tooltip="Instead of a mask: a drawing on white, for example in red; stretched to the picture.",
+                    tooltip="Instead of areas: a drawing on white, for example in red; stretched to the picture. One "
+                    "on a transparent ground needs the mask of Load Image too.",
                 ),
             ],
             outputs=_drawn_outputs(),
@@ -170,10 +176,12 @@ class CompositionGuide(io.ComfyNode):
 
     @classmethod
     def execute(cls, labels, question, show, opacity, mask=None, sketch=None):
-        if (mask is None) == (sketch is None):
-            raise ValueError("Composition Guide draws either a mask or a sketch: connect one of the two.")
+        if mask is None and sketch is None:
+            raise ValueError("Composition Guide draws a mask or a sketch: connect one of the two.")
         if sketch is not None:
-            drawing = PlacedPicture(_own_picture(sketch), stretch=True)
+            picture = _own_picture(sketch)
+            alpha = None if mask is None else _alpha(mask, *picture.shape[1:])
+            drawing = PlacedPicture(picture, alpha, stretch=True)
         else:
             drawing = Areas(_own(mask).reshape(-1, *mask.shape[-2:]), tuple(labels.splitlines()))
         return _drawn(cls, drawing, question, show, opacity)
@@ -219,7 +227,8 @@ class GuideFromImage(io.ComfyNode):
         alpha = None if mask is None else _alpha(mask, *picture.shape[1:])
         if show == BESIDE:
             return io.NodeOutput(Beside(picture if alpha is None else picture * alpha + 1 - alpha))
-        return io.NodeOutput(Overlay(PlacedPicture(picture, alpha, x, y, scale, fit == STRETCH), show, opacity))
+        drawing = PlacedPicture(picture, alpha, x, y, scale, fit == STRETCH)
+        return io.NodeOutput(_overlay(drawing, show, opacity))
 
 
 class BeforeAfterGuide(io.ComfyNode):
@@ -290,24 +299,41 @@ def _drawn_outputs() -> list[io.Output]:
 def _drawn(cls, drawing: Drawing, question: str, show: str, opacity: float) -> io.NodeOutput:
     """The outputs of a guide that draws; its drawing is shown on the node."""
     image = on_white(drawing.draw(SHOWN_SIDE, SHOWN_SIDE)).movedim(0, -1)[None]
-    return io.NodeOutput(Overlay(drawing, show, opacity), image, question, ui=ui.PreviewImage(image, cls=cls))
+    return io.NodeOutput(_overlay(drawing, show, opacity), image, question, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _overlay(drawing: Drawing, show: str, opacity: float) -> Overlay:
+    """The guide of a drawing.
+
+    Raises:
+        ValueError: it leaves nothing of the picture to be seen.
+    """
+    overlay = Overlay(drawing, show, opacity)
+    _, alpha = overlay.drawn(SHOWN_SIDE, SHOWN_SIDE)
+    if alpha.min() > 0.99:
+        raise ValueError(
+            "The guide covers the whole picture, so the judge would see nothing of it. Draw on white, or connect the "
+            "mask that Load Image gives of a drawing on a transparent ground, or lower the opacity."
+        )
+    return overlay
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy to keep: tensors of other nodes are inference tensors, which training could not use."""
+    """A copy to keep, in fp32: tensors of other nodes are inference tensors, which training could not use."""
     with torch.inference_mode(False):
-        return tensor.clone().cpu()
+        return tensor.clone().cpu().float()
 
 
 def _own_picture(images: torch.Tensor) -> torch.Tensor:
-    """The one picture of a batch ``[1, h, w, C]`` as ``[3, h, w]``; alpha is dropped.
+    """The one picture of a batch ``[1, h, w, C]`` as ``[3, h, w]``, on white paper where it has alpha.
 
     Raises:
         ValueError: there are several.
     """
     if len(images) != 1:
         raise ValueError(f"A guide is one picture, but {len(images)} are connected: choose one with Image From Batch.")
-    return _own(images[0, ..., :3].movedim(-1, 0))
+    colour, alpha = _own(images[0].movedim(-1, 0)).split([3, images.shape[-1] - 3])
+    return colour * alpha + 1 - alpha if len(alpha) else colour
 
 
 def _alpha(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -98,6 +98,11 @@ class JudgeScore(io.ComfyNode):
                 io.String.Output(
                     display_name="scores", tooltip="A table: for every picture the mean and the score per question."
                 ),
+                io.Int.Output(
+                    display_name="index",
+                    tooltip="Place of the best picture in the batch, counted from 0, as the table and Latent From "
+                    "Batch do.",
+                ),
             ],
         )
 
@@ -117,7 +122,8 @@ class JudgeScore(io.ComfyNode):
         ordered = images[order]
         best = ordered[:keep]
         shown = {**ui.PreviewImage(best, cls=cls).as_dict(), "text": (table,)}
-        return io.NodeOutput(best, ordered, means[order[0]].item(), table, ui=shown)
+        first = order[0].item()
+        return io.NodeOutput(best, ordered, means[first].item(), table, first, ui=shown)
 
 
 class SeenByJudge(io.ComfyNode):

@@ -62,8 +62,9 @@ def below(found: dict[str, Path], name: str) -> tuple[Path, Path]:
     """Folder of a listed model, and the models folder that nothing in it may link out of."""
     if name not in found:
         raise ValueError(
-            f"There is no '{name}' in models/VLM or models/LLM (any more): put its folder there, or choose another. "
-            "A judge of the Hugging Face Hub can also be named in hub_id, as owner/name."
+            f"There is no '{name}' in models/VLM or models/LLM (any more): put its folder there, or choose another "
+            "(the tiny ones know nothing but the bundled model's pictures). A judge of the Hugging Face Hub can also "
+            "be named in hub_id, as owner/name."
         )
     return found[name], found[name].parents[name.count("/")]
 
@@ -127,6 +128,7 @@ class JudgeLoader(io.ComfyNode):
             adapter=adapter,
             adapter_root=adapter_root,
             bits=BITS[quantisation],
+            name=hub_id or judge,
         )
         return io.NodeOutput(ManagedJudge(loaded))
 

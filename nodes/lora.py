@@ -159,7 +159,10 @@ class SaveLoRA(io.ComfyNode):
             save_lora(lora, path)  # hours of training may be in it, and a file in the other format is worth them
             raise ValueError(f"{error} That was done now, so that it is not lost: it is saved as {name}.") from error
         save_lora(written, path)
-        return io.NodeOutput(name, ui={"text": [f"Saved as {name}"]})
+        ups = [tensor for key, tensor in lora.items() if key.endswith(".lora_B.weight")]
+        blank = bool(ups) and not any(map(torch.any, ups))
+        said = ". It changes nothing: training brought nothing that was better than before" if blank else ""
+        return io.NodeOutput(name, ui={"text": [f"Saved as {name}{said}"]})
 
     @classmethod
     def validate_inputs(cls, filename_prefix):

@@ -1,5 +1,6 @@
 """A training run, told."""
 
+import json
 from pathlib import Path
 
 import folder_paths
@@ -8,12 +9,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..trainers.lora_file import file_start
-from ..trainers.report import page, sheet
+from ..trainers.report import numbers, page, sheet
 from .types import CATEGORY, ReportType
 
 
 class RunReport(io.ComfyNode):
-    """The trainer's report -> an HTML page and a PNG in ComfyUI's output folder."""
+    """The trainer's report -> an HTML page, a PNG and a JSON file in ComfyUI's output folder."""
 
     @classmethod
     def define_schema(cls):
@@ -22,7 +23,7 @@ class RunReport(io.ComfyNode):
             display_name="Run Report",
             category=CATEGORY,
             description="Writes what happened in a training run as one HTML page and one PNG: pictures before and "
-            "after, curves, what else changed, questions, settings.",
+            "after, curves, what else changed, questions, settings. A JSON file beside them has the numbers.",
             is_output_node=True,
             inputs=[
                 ReportType.Input("report", tooltip="From the trainer."),
@@ -44,6 +45,7 @@ class RunReport(io.ComfyNode):
         (saved,) = shown["images"]
         path = (output / saved["subfolder"] / saved["filename"]).with_suffix(".html")
         path.write_text(page(report), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(numbers(report), indent=1), encoding="utf-8")
         return io.NodeOutput(str(path), ui={**shown, "text": (f"Saved as {path}",)})
 
     @classmethod

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 import nodes
 
+from ..trainers.comfy_student import NEGATIVE_NEEDED, asks_for_negative
 from ..trainers.sheet import grid, to_image
 from .lora import lora_inputs, lora_patches, with_patches, written_at
 from .types import CATEGORY
@@ -77,6 +78,8 @@ class StrengthSheet(io.ComfyNode):
     ):  # fmt: skip
         if negative is None and cfg != 1.0:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
+        if negative is None and asks_for_negative(model, comfy.samplers.sampler_object(sampler_name)):
+            raise ValueError(NEGATIVE_NEEDED)
         numbers = numbers_in(strengths)
         patches = lora_patches(model, lora_name, lora, "Strength Sheet")
         columns = []

@@ -15,10 +15,11 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..trainers.comfy_student import ComfyStudent
+from ..trainers.comfy_student import TOY, ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import NOTICEABLE, warning
+from ..trainers.looks import CHECK_SEEDS
 from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
 from ..trainers.memory_plan import plan_memory, try_step
@@ -26,8 +27,10 @@ from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
+from ..vlm.answers import never_answered
+from .loaders import BUNDLED_GUIDE_READER, BUNDLED_JUDGE
 from .lora import loras_folder, read_lora, written_at
-from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, trainer_inputs
+from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, check_choices, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,12 @@ LEFT_OUT = {
     "recompute": AUTOMATIC,
 }
 UNFINISHED = "dual_process/unfinished"
+UNSAVED = "The LoRA is not saved: connect Save LoRA to keep it."
+NOTHING_LEARNED = "no look was better than the first, so the LoRA is what it was before"
+NO_ANSWER = (
+    "The judge hardly ever answers '{}' with Yes or No, so its answer says little. Try Ask the Judge, and end the "
+    "question with: Answer with Yes or No."
+)
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one, or none."
 
 
@@ -73,6 +82,7 @@ class Trainer(io.ComfyNode):
 
     @classmethod
     def execute(cls, judge, questions, objective, self_check, second_judge=None, **inputs):
+        check_choices({"objective": objective, **inputs})
         inputs = SimpleNamespace(**{**LEFT_OUT, **inputs})
         goal = Objective(questions, objective, inputs.target)
         if second_judge is judge:
@@ -84,7 +94,7 @@ class Trainer(io.ComfyNode):
         settings = settings_from(inputs, student.prompts)
         show = Progress(cls.hidden.unique_id, settings.steps)
         show.warn(student.size_warning())
-
+        show.warn(bundled_judge_warning(judge.judge.name, student))
         plan = None
 
         def teach() -> Run:
@@ -99,20 +109,24 @@ class Trainer(io.ComfyNode):
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
+            for question in never_answered(first, student.draw(CHECK_SEEDS), questions):
+                show.warn(NO_ANSWER.format(question.text.strip()))
             return train(student, first, goal, settings, show, second)
 
         def learned(run: Run) -> TrainedLoRA:
-            story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan)
+            story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan, chosen)
             return TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
 
-        prompts = prompt_texts(cls.hidden.dynprompt.get_node, cls.hidden.unique_id)
+        asked = cls.hidden.dynprompt.get_node, cls.hidden.unique_id
+        prompts, chosen = prompt_texts(*asked), choices(inputs, prompt_texts(*asked, names=["negative"]))
         try:
             run = student.run(teach, beside=[one.patcher for one in judges])
         except BaseException:  # Cancel is no Exception in newer ComfyUIs
             show.rescue(learned)
             raise
         lora = learned(run)
-        show.end(run)
+        saved = is_saved(cls.hidden.dynprompt.get_original_prompt(), cls.hidden.unique_id)
+        show.end(run, "" if saved else UNSAVED)
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
@@ -121,6 +135,31 @@ class Trainer(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, continue_from, **_):
         return written_at(continue_from)
+
+
+def choices(inputs: SimpleNamespace, negative: list[str]) -> dict[str, str]:
+    """What has to be known to do it again and stands nowhere else in the LoRA's header."""
+    return {
+        "sampler": "a connected one" if inputs.sampler else inputs.sampler_name,
+        "scheduler": inputs.scheduler if inputs.sigmas is None else "connected sigmas",
+        "negative prompt": "; ".join(negative) or "none",
+        "targets": inputs.targets or "attention and MLPs",
+        "continued from": inputs.continue_from,
+    }
+
+
+def is_saved(graph: dict[str, dict], trainer: str) -> bool:
+    """Whether the LoRA goes into a node that writes it, ours or core's; ``graph`` is in ComfyUI's API form."""
+    return any(
+        node["class_type"].endswith("SaveLoRA") and [trainer, 0] in node["inputs"].values() for node in graph.values()
+    )
+
+
+def bundled_judge_warning(name: str, student: ComfyStudent) -> str:
+    """That a bundled judge is asked about other pictures than those it knows; empty when it is not."""
+    if name not in (BUNDLED_JUDGE, BUNDLED_GUIDE_READER) or max(student.size) <= TOY:
+        return ""
+    return f"The {name} knows nothing but the bundled model's landscapes: choose another judge for this model."
 
 
 def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
@@ -204,8 +243,12 @@ class Progress:
         server, scores = PromptServer.instance, run.scores[-1]
         event = {"node": self.node_id, "step": step, "steps": self.steps, "loss": run.loss[-1], "scores": scores}
         server.send_sync("dual_process.progress", event, server.client_id)
-        second = f"; second judge {percent(run.checks[-1].second)}" if run.checks[-1].second else ""
-        server.send_progress_text(f"step {step}/{self.steps}: wanted answer {percent(scores)}{second}", self.node_id)
+        look = run.checks[-1]
+        second = f", second judge {percent(look.second)}" if look.second else ""
+        held_out = f"held-out seeds after step {look.step}: {percent(look.scores)}{second}"
+        server.send_progress_text(
+            f"step {step}/{self.steps}: wanted answer {percent(scores)}; {held_out}", self.node_id
+        )
 
     def say(self, text: str) -> None:
         """Show a line on the node until the next one, and log it."""
@@ -215,7 +258,7 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """As ``say``, and once more when the run is over."""
-        self.warned = text
+        self.warned = " ".join(filter(None, [self.warned, text]))
         self.say(text)
 
     def rescue(self, learned: Callable[[Run], TrainedLoRA]) -> None:
@@ -236,16 +279,19 @@ class Progress:
             f"it, press R and choose it in continue_from. {self.warned}"
         )
 
-    def end(self, run: Run) -> None:
-        """Leave one line on the node: how many steps it took, why it ended, and how the pictures changed by it."""
+    def end(self, run: Run, reminder: str) -> None:
+        """Leave one line on the node: how many steps it took, why it ended, what it brought on held-out seeds, how the
+        pictures changed by it, and what to be reminded of."""
         skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
-        kept = run.checks[-1].changes  # empty when the pictures before training were the best
-        drift = warning(kept, NOTICEABLE) if kept else ""
+        first, kept = run.checks[0], run.checks[-1]
+        brought = f". Held-out seeds: {percent(first.scores)} before, {percent(kept.scores)} after step {kept.step}"
+        if kept is first:
+            brought = f". Held-out seeds: {percent(first.scores)}; {NOTHING_LEARNED}" if run.loss else ""
+        second = f". Second judge: {percent(first.second)} before, {percent(kept.second)} after" if kept.second else ""
+        drift = warning(kept.changes, NOTICEABLE) if kept.changes else ""
         changed = f". Pictures got {drift}" if drift else ""
-        first, last = run.checks[0].second, run.checks[-1].second
-        second = f". Second judge: {percent(first)} before, {percent(last)} after" if last else ""
-        text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.rate_falls, run.stopped])}{second}{changed}"
-        text = f"{text}. {self.warned}" if self.warned else text
+        text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.rate_falls, run.stopped])}{brought}{second}{changed}"
+        text = " ".join(filter(None, [f"{text}.", self.warned, reminder]))
         PromptServer.instance.send_progress_text(text, self.node_id)
 
 

@@ -17,6 +17,18 @@ def trainer_inputs() -> list[io.Input]:
     return [*_sockets(), *_teaching(), *_drawing(), *_judging(), *_further()]
 
 
+def check_choices(values: dict) -> None:
+    """Refuse what is in no list, which ComfyUI 0.3.75 does not do for nodes of this kind.
+
+    Raises:
+        ValueError: naming the input.
+    """
+    for one in trainer_inputs():
+        if isinstance(one, io.Combo.Input) and values.get(one.id, one.options[0]) not in one.options:
+            listed = ", ".join(map(str, one.options))
+            raise ValueError(f"{one.id} is '{values[one.id]}', which it cannot be. Choose one of: {listed}.")
+
+
 def _sockets() -> list[io.Input]:
     """What is connected."""
     return [
@@ -77,9 +89,10 @@ def _drawing() -> list[io.Input]:
             "seed",
             default=0,
             min=0,
-            max=2**31,
+            max=2**64 - 1,
             control_after_generate=False,
-            tooltip="Same seed and inputs, same LoRA (on one machine).",
+            tooltip="Same seed and inputs, same LoRA, on one machine and with 'recompute' on always or never: "
+            "automatic goes by the free memory, and rounding differs a little with what is recomputed.",
         ),
     ]
 

@@ -137,6 +137,8 @@ def test_with_a_judge_its_own_size_is_seen(client):
         ("PaletteGuide", {"colours": " "}, "The palette is empty: give hex codes"),
         ("CompositionGuide", {}, "connect one of the two"),
         ("GuideFromImage", {"image": ["two", 0]}, "A guide is one picture, but 2 are connected"),
+        ("CompositionGuide", {"sketch": ["picture", 0]}, "The guide covers the whole picture"),
+        ("GuideFromImage", {"image": ["picture", 0], "fit": "stretch over the picture"}, "covers the whole picture"),
         ("BeforeAfterGuide", {}, "connect the picture before as reference"),
         ("HorizonGuide", {"height": ["number", 0]}, "The height of the horizon is 1.5: give a share from 0 to 1"),
     ],
@@ -154,3 +156,23 @@ def test_what_cannot_be_a_guide_is_one_sentence(client, kind, inputs, sentence):
 def test_a_height_out_of_range_is_refused_before_anything_runs(client):
     with pytest.raises(PromptRejected, match="height"):
         client.run(graph(client, {"horizon": ("HorizonGuide", {**defaults(client, "HorizonGuide"), "height": 1.5})}))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_drawing_on_a_transparent_ground_covers_only_where_it_is_drawn(comfy, halves):
+    """Load Image gives black and a mask there, some other nodes a fourth channel."""
+    from dual_process.nodes.guides import CompositionGuide, PaletteGuide
+
+    sketch, mask = torch.zeros(1, 64, 64, 3), torch.ones(1, 64, 64)
+    sketch[:, 20:40, 20:40], mask[:, 20:40, 20:40] = torch.tensor([1.0, 0.0, 0.0]), 0.0
+    with_alpha = torch.cat([sketch, 1 - mask[..., None]], dim=-1)
+    if halves:  # as ComfyUI 0.33 gives them with --fp16-intermediates
+        sketch, mask, with_alpha = sketch.half(), mask.half(), with_alpha.half()
+    common = {"labels": "", "question": "?", **LOOKS}
+    grey = torch.full((1, 3, 64, 64), 0.4)
+    for given in ({"sketch": sketch, "mask": mask}, {"sketch": with_alpha}):
+        (shown,) = CompositionGuide.execute(**common, **given).result[0].shown([grey])
+        assert torch.allclose(shown[0, :, 30, 30], torch.tensor([1.0, 0, 0]), atol=1e-3)
+        assert torch.equal(shown[0, :, 5, 5], grey[0, :, 5, 5])
+    palette = PaletteGuide.execute("", 2, "?", **LOOKS, reference=with_alpha).result[0].drawing
+    assert set(palette.colours) == {(255, 255, 255), (255, 0, 0)}

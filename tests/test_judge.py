@@ -48,6 +48,21 @@ def test_opposite_keeps_case():
     assert Question("Warm?", "yes").opposite().answer == "no"
     assert Question("Warm?", "No").opposite().answer == "Yes"
     assert Question("Warm?", "blue").opposite() is None
+    assert Question("Warm?", " YES. ").opposite().answer == "NO."
+
+
+def test_answers_that_a_judge_never_gives_are_found():
+    from dual_process.vlm.answers import never_answered
+
+    given = {"Warm?": (0.6, 0.2), "Say whether.": (0.04, 0.05)}
+
+    class Chatty:
+        def log_likelihood(self, images, questions, before=None):
+            shares = [given[q.text][q.answer == "No"] if q.text in given else 1e-9 for q in questions]
+            return torch.tensor(shares).log().expand(len(images), -1)
+
+    asked = [Question("Warm?", "No"), Question("Say whether."), Question("Which?", "blue")]
+    assert never_answered(Chatty(), torch.zeros(2, 3, 4, 4), asked) == [asked[1]]
 
 
 @pytest.mark.parametrize("bad", [dict(text=" "), dict(text="Warm?", answer=""), dict(text="Warm?", weight=0.0)])

@@ -61,12 +61,12 @@ def yes_rather_than_no(judge, images, asked):
 def test_score_sorts_and_picks(nodes, managed):
     asked = [Question("Warm?"), Question("Is the line thick?")]
     images = comfy_images(4)
-    best, ordered, score, table = nodes[1](judge=managed, images=images, questions=asked, keep=2).result
+    best, ordered, score, table, index = nodes[1](judge=managed, images=images, questions=asked, keep=2).result
     means = yes_rather_than_no(managed.judge, images.movedim(-1, 1), asked).mean(dim=1)
     assert torch.equal(ordered, images[means.argsort(descending=True)])
     assert torch.equal(best, ordered[:2])
     assert score == pytest.approx(means.max().item(), abs=1e-5)
-    assert "Warm? -> Yes" in table
+    assert "Warm? -> Yes" in table and index == means.argmax()
 
 
 def test_a_reference_goes_before_every_picture(comfy, nodes):

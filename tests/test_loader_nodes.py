@@ -54,7 +54,7 @@ def test_a_workflow_of_before_these_boxes_still_loads(loaders, models):
     assert list(info["input"]["required"]) == ["judge", "dtype"]
     assert set(info["input"]["optional"]) >= {"attention", "lora", "hub_id", "download"}
     judge = load(loaders)
-    assert judge.name == "tiny" and judge.model.dtype == torch.float32
+    assert judge.name == "someone/tiny" and judge.model.dtype == torch.float32
     assert loaders.asked == []
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_downloaded_without_both_the_id_and_the_tick(loaders, models)
 
 
 def test_the_id_and_the_tick_download_into_the_models_folder(loaders, models):
-    assert load(loaders, judge=loaders.BUNDLED_JUDGE, hub_id=" else/small ", download=True).name == "small"
+    assert load(loaders, judge=loaders.BUNDLED_JUDGE, hub_id=" else/small ", download=True).name == "else/small"
     assert loaders.asked == [("else/small", models)]
 
 

@@ -17,13 +17,14 @@ from dual_process.trainers.dual_process import (
     EARLY_STEPS,
     FRESH_NOISE,
     LATE_STEPS,
+    Run,
     Settings,
     one_pass,
     starts,
     train,
 )
 from dual_process.trainers.guards import warning
-from dual_process.trainers.looks import LOOKS
+from dual_process.trainers.looks import LOOKS, Looks
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
@@ -47,6 +48,10 @@ class Brightness(nn.Module):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(()))
         self.on = True
+
+    @property
+    def blank(self):
+        return not self.shift.any()
 
     def snapshot(self):
         return {name: value.clone() for name, value in self.state_dict().items()}
@@ -206,6 +211,19 @@ def test_what_is_held_already_is_not_taught():
     assert run.stopped == "held before the first step: there is nothing to teach"
     _, run, _ = teach("No", held=0.7, anchor=0.0, check_every=0, steps=3)
     assert len(run.loss) == 3 and run.stopped == "all steps done"
+
+
+def test_what_a_continued_lora_has_to_keep_is_that_of_the_model_without_it():
+    student, run = GreyStudent(), Run()
+    student.lora.shift.data.fill_(0.3)
+    asked = [Question("Is it bright?"), Question("Is it dark?", "No", keep=True)]
+    looks = Looks(student, BrightnessJudge(), None, Objective(asked), Settings(drift_limit=0.35), run)
+    assert looks.objective.before == pytest.approx((0.17, 0.83), abs=0.01)
+    assert run.checks[0].scores == pytest.approx([0.69, 0.31], abs=0.01) and len(run.checks) == 1
+    assert run.checks[0].changes["luminance"] == pytest.approx(1, abs=0.05)
+    assert looks.take(1) == "", "as bright as it began"
+    student.lora.shift.data.fill_(0.5)
+    assert "brighter" in looks.take(2)
 
 
 def test_learns_no():

@@ -78,6 +78,15 @@ def test_layers_of_the_same_name_and_another_size_are_left_out(lab, caplog):
         ApplyLoRA.execute(model, FROM_TRAINER, 1.0, wider)
 
 
+def test_a_lora_that_changes_nothing_is_saved_with_a_word(lab, loras):
+    from dual_process.nodes.lora import SaveLoRA
+
+    blank = lab.build_student("SD3").lora.export()
+    for lora, words in ((blank, "changes nothing"), (learned(lab, "SD3"), "")):
+        (said,) = SaveLoRA.execute(lora, "sub/word").ui["text"]
+        assert said.startswith("Saved as sub/word_") and (words in said if words else said.endswith(".safetensors"))
+
+
 def test_no_file_and_a_name_from_another_node_do_not_make_a_node_run_again(loras):
     from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
 

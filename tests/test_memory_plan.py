@@ -210,7 +210,7 @@ def test_on_the_node(lab, trained, checkpointing, recompute, planned, recomputed
     output, shown = trained(judge=lab.build_judge(), steps=1, check_every=0, checkpointing=checkpointing, **chosen)
     header = output.result[0].metadata
     story = json.loads(header["dual_process"])
-    assert shown[0].startswith("Keeping everything: a step takes about") == planned
+    assert any(text.startswith("Keeping everything: a step takes about") for text in shown) == planned
     assert header["ss_gradient_checkpointing"] == str(recomputed) and story["recomputed"] == recomputed
     assert bool(story["memory_plan"]) == planned
     if planned:

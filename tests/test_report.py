@@ -132,6 +132,9 @@ def test_the_node_writes_page_and_sheet_side_by_side_and_never_over_others(told)
     assert [path.name for path in paths] == ["tale_00001_.html", "tale_00002_.html"]
     assert paths[0].parent == Path(folder_paths.get_output_directory()) / "sub"
     assert paths[0].read_text(encoding="utf-8") == page(report)
+    told_in_numbers = json.loads(paths[0].with_suffix(".json").read_text(encoding="utf-8"))
+    assert told_in_numbers["story"] == report.story and told_in_numbers["loss"] == report.loss
+    assert [check["scores"] for check in told_in_numbers["checks"]] == [check.scores for check in report.checks]
     picture = Image.open(paths[0].with_suffix(".png"))
     assert picture.size == sheet(report).size
     shown = outputs[0].ui

@@ -334,3 +334,23 @@ def test_every_row_of_a_batched_conditioning_is_a_prompt(lab):
     three = [torch.cat([tokens] * 3), {}]
     with pytest.raises(ValueError, match="hold 1, 2, 3 prompts"):
         lab.build_student("SD3", model, positives=[[*batched, three]])
+
+
+@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])
+def test_a_controlnet_encodes_its_picture_in_a_pass_with_gradients(lab, checkpointed):
+    """The VAE's weights are inference tensors, as stock loaders make them."""
+    with torch.inference_mode():
+        feature = controlnet(lab, "SD3")
+    control = feature["positives"][0][0][1]["control"]
+    vae = control.vae
+    student = lab.build_student("SD3", checkpointed=checkpointed, **feature)
+
+    def gradient():
+        student.decode(student.predict(student.noise(3), 0)).sum().backward()
+        found = torch.cat([adapter.B.grad.flatten() for adapter in student.lora.adapters if adapter.B.grad is not None])
+        hint = control.cond_hint
+        return found, hint
+
+    found, hint = student.run(gradient, beside=[])
+    assert found.abs().max() > 0 and not hint.is_inference() and not hint.requires_grad
+    assert control.vae is vae

@@ -57,11 +57,13 @@ def test_the_benchmarks_teach_as_the_templates_do(trainer):
 
 
 def test_what_the_node_warned_of_is_said_again_at_the_end(lab, trained, monkeypatch):
+    from dual_process.nodes.trainer import UNSAVED
     from dual_process.trainers.comfy_student import ComfyStudent
 
     monkeypatch.setattr(ComfyStudent, "size_warning", lambda student: "These pictures are small.")
     _, shown = trained(judge=lab.build_judge())
-    assert shown[0] == "These pictures are small." and shown[-1].endswith(". These pictures are small.")
+    assert shown[0] == "These pictures are small." and ". These pictures are small. " in shown[-1]
+    assert shown[-1].endswith(UNSAVED)
 
 
 def test_a_run_that_fails_says_why_also_if_its_lora_cannot_be_saved(trainer, lab, trained, monkeypatch):
@@ -100,7 +102,11 @@ def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
     assert torch.equal(trainer.noise_levels(inputs), plain)
 
 
-@pytest.mark.parametrize("changes, said", [({}, ""), ({"saturation": -0.3}, ". Pictures got 30% greyer")])
+NOTHING = "Held-out seeds: 50%; no look was better than the first, so the LoRA is what it was before"
+GREYER = "Held-out seeds: 50% before, 75% after step 20. Pictures got 30% greyer"
+
+
+@pytest.mark.parametrize("changes, said", [({}, NOTHING), ({"saturation": -0.3}, GREYER)])
 def test_last_line_on_the_node_also_when_nothing_was_better_than_before(trainer, monkeypatch, changes, said):
     from dual_process.trainers.dual_process import Run
     from dual_process.trainers.guards import WORDS
@@ -110,8 +116,40 @@ def test_last_line_on_the_node_also_when_nothing_was_better_than_before(trainer,
     server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))
     monkeypatch.setattr(trainer.PromptServer, "instance", server, raising=False)
     same = {**dict.fromkeys(WORDS, 0.0), **changes} if changes else {}
-    before, kept = (Check(step, [0.5], torch.zeros(2, 3, 4, 4), same if step else {}) for step in (0, 20))
+    before, kept = (Check(n, [0.5 + n / 80], torch.zeros(2, 3, 4, 4), same if n else {}) for n in (0, 20))
     checks = [before, kept] if changes else [before, kept, before]
     run = Run(loss=[1.0] * 20, checks=checks, stopped="all steps done")
-    trainer.Progress("7", 20).end(run)
-    assert texts == [f"20 steps: all steps done{said}"]
+    trainer.Progress("7", 20).end(run, "")
+    assert texts == [f"20 steps: all steps done. {said}."]
+
+
+@pytest.mark.parametrize("typo", [{"objective": "typo"}, {"learn_at": "typo"}, {"recompute": "typo"}])
+def test_what_is_in_no_list_is_refused(lab, trained, typo):
+    """ComfyUI 0.3.75 lets it through."""
+    ((name, _),) = typo.items()
+    with pytest.raises(ValueError, match=f"{name} is 'typo', which it cannot be. Choose one of: "):
+        trained(judge=lab.build_judge(), **typo)
+
+
+def test_what_is_known_of_the_graph(trainer):
+    graph = {"7": {"class_type": "DualProcessTrainer", "inputs": {}}}
+    assert not trainer.is_saved(
+        {**graph, "8": {"class_type": "DualProcessApplyLoRA", "inputs": {"lora": ["7", 0]}}}, "7"
+    )
+    for kind in ("SaveLoRA", "DualProcessSaveLoRA"):
+        assert trainer.is_saved({**graph, "8": {"class_type": kind, "inputs": {"lora": ["7", 0]}}}, "7")
+    large, small = (SimpleNamespace(size=size) for size in ((512, 64), (64, 64)))
+    bundled = trainer.BUNDLED_JUDGE
+    assert bundled in trainer.bundled_judge_warning(bundled, large)
+    assert trainer.bundled_judge_warning(bundled, small) == trainer.bundled_judge_warning("Qwen", large) == ""
+
+
+def test_what_cannot_be_read_from_the_rest_is_written_down(lab, trained):
+    import json
+
+    output, _ = trained(judge=lab.build_judge(), targets="attn", scheduler="normal", steps=1)
+    story = json.loads(output.result[0].metadata["dual_process"])
+    assert story["choices"] == {
+        **{"sampler": "euler", "scheduler": "normal", "negative prompt": "none", "targets": "attn"},
+        **{"continued from": "(a new LoRA)"},
+    }

@@ -264,7 +264,7 @@ def test_turns_where_not_even_the_check_of_gradients_fits(lab, trained, device, 
 
     monkeypatch.setattr(trainer, "check_gradients", check)
     _, shown = trained(judge=lab.build_judge(), self_check=True, steps=1, check_every=0)
-    assert tried == [False, True] and "Taking turns: " in shown[0]
+    assert tried == [False, True] and "Taking turns: " in " ".join(shown)
 
 
 @pytest.mark.parametrize("recompute", ["always", "never"])
@@ -281,7 +281,7 @@ def test_turns_where_nothing_is_planned(lab, trained, device, recompute):
 
     judge.judge.log_likelihood = log_likelihood
     output, shown = trained(judge=judge, recompute=recompute, checkpointing=True, steps=1, check_every=0)
-    assert calls[0] is False and all(calls[1:]) and "Taking turns: " in shown[0]
+    assert calls[0] is False and all(calls[1:]) and "Taking turns: " in " ".join(shown)
     assert json.loads(output.result[0].metadata["dual_process"])["took_turns"]
 
 
@@ -346,7 +346,7 @@ def test_on_the_node(lab, trained, device, monkeypatch):
             recompute=recompute, judge=judge, second_judge=lab.build_judge(), checkpointing=True, steps=1, check_every=0
         )
         story = json.loads(output.result[0].metadata["dual_process"])
-        assert "Taking turns: " in shown[0] and story["took_turns"]
+        assert "Taking turns: " in " ".join(shown) and story["took_turns"]
 
 
 def test_in_the_gpu_benchmark(lab, device, monkeypatch):

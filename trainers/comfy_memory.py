@@ -211,6 +211,11 @@ class Turns:
         if self.apart:
             self.seconds[name] = time.perf_counter() - start
 
+    def bring_back(self) -> None:
+        """Have those on the device that are needed now, after ComfyUI may have moved some of them."""
+        here, self._here = self._here, []
+        self.need(here[0])
+
     def sentence(self) -> str:
         """That turns are taken and what it costs, for people."""
         moved = [f"{name} {self.seconds[name]:.1f} s" for name in self.groups if name in self.seconds]

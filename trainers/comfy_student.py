@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .checkpointing import DECODER, JUDGE, Recompute, decoded, make_recomputable, prepare_for_backward
 from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradients, static_clone
+from .control_hints import hints_encoded_apart
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .memory_plan import NEED_LESS
@@ -44,6 +45,10 @@ TOY = 128  # px a side, below which only toy models draw, such as the bundled on
 TRAINING_MEMORY = 3
 KEPT_OF_LORA = 3  # times its size: AdamW's two moments and the running average
 JUDGES = ["judge", "second judge"]
+NEGATIVE_NEEDED = (
+    "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ does), but none "
+    "is connected. Connect one."
+)
 
 
 class ComfyStudent:
@@ -100,11 +105,8 @@ class ComfyStudent:
                 f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
                 "KSamplerSelect, or use sampler_name."
             )
-        if negative is None and _asks_for_negative(model, sampler):
-            raise ValueError(
-                "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ "
-                "does), but none is connected. Connect one."
-            )
+        if negative is None and asks_for_negative(model, sampler):
+            raise ValueError(NEGATIVE_NEEDED)
         if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
             raise ValueError(
                 "A conditioning carries a hook that swaps the model's weights (Create Hook LoRA, Create Hook Model as "
@@ -154,10 +156,15 @@ class ComfyStudent:
         self._gain = (high - low) / 0.5
         self._offset = middle - self._gain * 0.5
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its pictures, px."""
+        scale = self.vae.spacial_compression_decode()
+        return self.latent.shape[-2] * scale, self.latent.shape[-1] * scale
+
     def size_warning(self) -> str:
         """What training on pictures much smaller than the model is made for does; empty when they are not."""
-        scale = self.vae.spacial_compression_decode()
-        height, width = (side * scale for side in self.latent.shape[-2:])
+        height, width = self.size
         made_for = MADE_FOR.get(type(self.model.model.model_config).__name__, 1024)
         if not TOY**2 < height * width < made_for**2 / 4:
             return ""
@@ -205,6 +212,7 @@ class ComfyStudent:
             stack.callback(patched.eject_model)
             stack.callback(patched.remove_wrappers_with_key, WrappersMP.PREPARE_SAMPLING, KEY)
             self.lora.to(patched.load_device)
+            stack.enter_context(hints_encoded_apart(self.conds, lambda: self.turns.bring_back()))
             guider.inner_set_conds(_normal_tensors(self.conds))
             noise = torch.zeros_like(self.latent)
             stack.enter_context(make_recomputable(self.decoder.model, DECODER, self.recompute))
@@ -362,7 +370,7 @@ def _swaps_weights(conditioning: list) -> bool:
     return any(values["hooks"].get_type(EnumHookType.Weight) for _, values in conditioning if "hooks" in values)
 
 
-def _asks_for_negative(model: ModelPatcher, sampler: comfy.samplers.KSAMPLER) -> bool:
+def asks_for_negative(model: ModelPatcher, sampler: comfy.samplers.KSAMPLER) -> bool:
     """Whether pictures at cfg 1 depend on the negative prompt."""
     name = getattr(sampler.sampler_function, "__name__", "")
     return "cfg_pp" in name or "euler_pp" in name or model.model_options.get("disable_cfg1_optimization", False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .guards import changes, warning
+from .guards import changes, largest_fault, warning
 from .objective import Objective
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Check:
     """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
 
     ``pictures`` are let go, and None, once a later look is taken, but for those of the first and of the best look.
-    ``changes``: what became of the pictures of the run's first check, see ``guards.changes``.
+    ``changes``: how they differ from those of the model without the LoRA, see ``guards.changes``; empty for these.
     ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
     """
 
@@ -40,20 +40,28 @@ class Check:
 class Looks:
     """The looks of one run; making it takes the first, before training.
 
+    What is to be kept, and what pictures may not drift from, are the answers and pictures of the model without the
+    LoRA: where one is continued, a look without it comes before the first.
+
     A ``second`` judge is never trained against: what fools the first need not fool it. It therefore chooses the best
     look by its own standing alone, while training goes on until both judges hold.
 
     Attributes:
-        objective: knows the scores of the first look.
+        objective: knows the scores without the LoRA.
         best: the look whose LoRA is kept.
     """
 
     def __init__(self, student, judge, second, objective: Objective, settings: Settings, run: Run):
         self.student, self.judge, self.second, self.settings, self.run = student, judge, second, settings, run
-        self.objective = objective
-        first = self._look(step=0)
-        self.objective = objective.start_from(first.scores)
-        self._chooser = objective.start_from(first.second or first.scores)
+        self.objective, self._untaught = objective, None
+        with student.lora.disabled():
+            self._untaught = untaught = self._look(step=0)
+        self.objective = objective.start_from(untaught.scores)
+        self._chooser = objective.start_from(untaught.second or untaught.scores)
+        first = untaught if student.lora.blank else self._look(step=0)
+        run.checks.append(first)
+        already = largest_fault(first.changes) if first.changes else 0.0
+        self._limit = max(settings.drift_limit, already) if settings.drift_limit else math.inf
         self._since = [first]  # the best look that training goes on from, and the fine ones since then
         self._enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1) // 2))
         self._keep(first)
@@ -70,7 +78,8 @@ class Looks:
             if check is not self.best:
                 check.pictures = None
         look, watching = self._look(step), self.settings.check_every > 0
-        drift = warning(look.changes, self.settings.drift_limit or math.inf) if watching else ""
+        self.run.checks.append(look)
+        drift = warning(look.changes, self._limit) if watching else ""
         if not drift:
             self._since.append(look)
             if not watching or self._standing(look) >= max(map(self._standing, self._since)) - NOISE:
@@ -106,7 +115,7 @@ class Looks:
 
     @torch.no_grad()
     def _look(self, step: int) -> Check:
-        """Draw the held-out seeds to the end, ask the judges about them and compare them with the run's first."""
+        """Draw the held-out seeds to the end, ask the judges about them and compare them with the untaught model's."""
         batches = self._draw()
         with self.student.lora.disabled():
             before = self._draw() if self.objective.compares else [None] * len(batches)
@@ -117,10 +126,9 @@ class Looks:
             return torch.cat(answers).mean(dim=0).tolist()
 
         pictures = torch.cat(batches).cpu()
-        changed = changes(self.run.checks[0].pictures, pictures) if self.run.checks else {}
+        changed = changes(self._untaught.pictures, pictures) if self._untaught else {}
         second = [] if self.second is None else scores(self.second)
-        self.run.checks.append(Check(step, scores(self.judge), pictures, changed, second))
-        return self.run.checks[-1]
+        return Check(step, scores(self.judge), pictures, changed, second)
 
     def _draw(self) -> list[Tensor]:
         count = self.settings.check_seeds

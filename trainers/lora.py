@@ -160,14 +160,19 @@ class LoRA(nn.Module):
 
         return wrap
 
+    @property
+    def blank(self) -> bool:
+        """Whether it changes nothing, as before its first training."""
+        return not any(adapter.B.any() for adapter in self.adapters)
+
     @contextmanager
     def disabled(self):
         """The model without this LoRA, for as long as the context lasts."""
-        self.enabled = False
+        was, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self.enabled = True
+            self.enabled = was
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all parameters on the CPU, to go back to with ``load_state_dict``."""

@@ -39,6 +39,7 @@ def metadata(
     student,
     prompts: list[str],
     plan: MemoryPlan | None = None,
+    choices: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """The header of a trained LoRA's file: ``modelspec.*``, kohya's ``ss_*``, and the story as ``dual_process``.
 
@@ -50,6 +51,7 @@ def metadata(
         student: the ``ComfyStudent`` that was trained.
         prompts: their texts as far as they are known, see ``prompt_texts.prompt_texts``.
         plan: what decided about recomputation, None where the user did.
+        choices: what else the user chose, by name; the story has them as they are.
     """
     adapter = student.lora.adapters[0]
     rank = adapter.A.shape[0]
@@ -85,7 +87,7 @@ def metadata(
         "ss_training_finished_at": str(time.time()),
         "ss_training_comment": title,
         "dual_process": json.dumps(
-            _story(run, objective, settings, judges, student, prompts, adapter.scale * rank, plan)
+            _story(run, objective, settings, judges, student, prompts, adapter.scale * rank, plan, choices or {})
         ),
     }
 
@@ -99,6 +101,7 @@ def _story(
     prompts: list[str],
     alpha: float,
     plan: MemoryPlan | None,
+    choices: dict[str, str],
 ) -> dict:
     """Everything that is known about how the LoRA came to be. Its ``prompts`` are their number: of some encoders, one
     has several texts."""
@@ -120,6 +123,7 @@ def _story(
         "sampler_steps": student.steps,
         "sigmas": student.sigmas.tolist(),
         "cfg": student.cfg,
+        "choices": choices,
         "alpha": alpha,
         "layers": len(student.lora.paths),
         "settings": asdict(settings),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # Inputs that hand on prompts or their words, by the names that ComfyUI's text and conditioning nodes give them. What a
 # ControlNet's picture was drawn from, for one, comes in by other names, and so does what is not wanted in a picture.
@@ -12,8 +12,10 @@ HANDED_ON = re.compile(
 )
 
 
-def prompt_texts(node: Callable[[str], dict], trainer: str) -> list[str]:
-    """Texts that the trainer's ``positive`` and ``more_prompts`` are made of, in that order, each once.
+def prompt_texts(
+    node: Callable[[str], dict], trainer: str, names: Sequence[str] = ("positive", "more_prompts")
+) -> list[str]:
+    """Texts that the trainer's inputs of these names are made of, in that order, each once.
 
     Nodes that make up text as they run (a language model, a wildcard) give what they are told, not what they say.
 
@@ -22,7 +24,7 @@ def prompt_texts(node: Callable[[str], dict], trainer: str) -> list[str]:
         trainer: id of the trainer's node.
     """
     inputs = node(trainer)["inputs"]
-    found = [text for name in ("positive", "more_prompts") if name in inputs for text in _texts(node, inputs[name])]
+    found = [text for name in names if name in inputs for text in _texts(node, inputs[name])]
     return list(dict.fromkeys(found))
 
 

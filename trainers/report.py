@@ -113,6 +113,16 @@ class Report:
         )
 
 
+def numbers(report: Report) -> dict:
+    """All of the run that is no picture, for programs: ``story`` as in the LoRA's header, ``loss`` and ``scores`` [Q]
+    of every step, and ``checks``, the looks at held-out seeds in order."""
+    checks = [
+        {"step": check.step, "scores": check.scores, "second": check.second, "changes": check.changes}
+        for check in report.checks
+    ]
+    return {"story": report.story, "loss": report.loss, "scores": report.scores, "checks": checks}
+
+
 def page(report: Report) -> str:
     """One HTML file that needs no other: pictures and curves are in it, and nothing is loaded or run."""
     several = len(report.story["questions"]) > 1
@@ -224,6 +234,7 @@ def _settings(report: Report) -> str:
         "pictures": size,
         "prompts": story["prompts"],
         "prompt texts": "; ".join(story["prompt_texts"]),
+        **story["choices"],
         "sampler steps": story["sampler_steps"],
         "sigmas": ", ".join(f"{sigma:.4g}" for sigma in story["sigmas"]),
         "cfg": story["cfg"],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .question import Question
+
+SELDOM = 0.1  # probability below which an answer is not one that the judge gives
 
 
 def log_odds(
@@ -23,3 +26,14 @@ def log_odds(
     log_p = judge.log_likelihood(images, [*questions, *(o for o in opposites if o is not None)], before)
     wanted, others = log_p[:, : len(questions)], iter(log_p.T[len(questions) :])
     return wanted, [None if o is None else wanted[:, i] - next(others) for i, o in enumerate(opposites)]
+
+
+@torch.no_grad()
+def never_answered(judge, images: Tensor, questions: Sequence[Question]) -> list[Question]:
+    """The questions that the judge answers neither with Yes nor with No, though one is wanted: whose probabilities
+    together stay below ``SELDOM`` on pictures ``[B, 3, H, W]``, as a mean; compared with themselves where a question
+    compares."""
+    log_p, odds = log_odds(judge, images, questions, images)
+    given = [(p.exp() + (p - ahead).exp()).mean() for p, ahead in zip(log_p.T, odds) if ahead is not None]
+    closed = [question for question, ahead in zip(questions, odds) if ahead is not None]
+    return [question for question, share in zip(closed, given) if share < SELDOM]

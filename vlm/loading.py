@@ -84,6 +84,7 @@ def load_judge(
     adapter: Path | None = None,
     adapter_root: Path | None = None,
     bits: int | None = None,
+    name: str = "",
 ) -> Judge:
     """Load the model in ``folder`` as a judge, frozen, on the CPU (quantised: on the compute device).
 
@@ -96,6 +97,7 @@ def load_judge(
         adapter: folder of a PEFT LoRA for the judge, merged into its weights.
         adapter_root: the folder that nothing in ``adapter`` may link out of.
         bits: 8 or 4 quantises through bitsandbytes; such a model cannot be moved afterwards.
+        name: how people know it; the folder's own when empty.
 
     Raises:
         JudgeFolderError: a folder is refused or transformers cannot load it.
@@ -123,7 +125,7 @@ def load_judge(
             processor = _load_processor(folder, local)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise JudgeFolderError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
-    return Judge(model, processor, folder.name, system, suffix, template)
+    return Judge(model, processor, name or folder.name, system, suffix, template)
 
 
 def check_adapter(folder: Path, root: Path | None = None) -> None:

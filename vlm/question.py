@@ -44,13 +44,14 @@ class Question:
         return 1 if self.guide is None else self.guide.pictures
 
     def opposite(self) -> Question | None:
-        """The same question with Yes and No swapped (case kept), or None when the answer is neither."""
-        other = _CLOSED.get(self.answer.strip().lower())
+        """The same question with Yes and No swapped (case and full stop kept), or None when the answer is neither."""
+        answer = self.answer.strip()
+        word = answer.rstrip(".!")
+        other = _CLOSED.get(word.lower())
         if other is None:
             return None
-        answer = self.answer.strip()
-        if answer.isupper():
+        if word.isupper():
             other = other.upper()
-        elif answer[0].isupper():
+        elif word[0].isupper():
             other = other.capitalize()
-        return replace(self, answer=other)
+        return replace(self, answer=other + answer[len(word) :])
