@@ -130,7 +130,10 @@ class JudgeLoader(io.ComfyNode):
             bits=BITS[quantisation],
             name=hub_id or judge,
         )
-        return io.NodeOutput(ManagedJudge(loaded))
+        managed = ManagedJudge(loaded)
+        if BITS[quantisation] is not None:
+            managed.load()  # it is on the device already; now ComfyUI knows
+        return io.NodeOutput(managed)
 
     @classmethod
     def validate_inputs(cls, judge, hub_id=""):

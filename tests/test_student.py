@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -350,3 +353,16 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
         lab.build_student("SD3", targets="nonsense")
     with pytest.raises(ValueError, match=r"'\(\[' are no regular expression \(unterminated"):
         lab.build_student("SD3", targets="([")
+
+
+def test_nothing_of_a_run_waits_for_garbage_collection(lab):
+    """On a GPU it would take the room of what comes next in the same workflow."""
+    student = lab.build_student("SD3")
+    student.run(partial(student.draw, 1), beside=[])
+    gone = [weakref.ref(one) for one in (student, student.model, student.lora)]
+    gc.disable()
+    try:
+        del student
+        assert [one() for one in gone] == [None] * 3
+    finally:
+        gc.enable()

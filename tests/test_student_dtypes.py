@@ -129,3 +129,40 @@ def test_weights_keep_their_class_and_scales(lab):
         layer(x).sum().backward()
     assert type(layer.weight) is Quantised and layer.weight.scale == 3.0 and not layer.weight.requires_grad
     assert torch.equal(x.grad[0], layer.weight.sum(0))
+
+
+@pytest.fixture
+def fast_fp8(comfy, monkeypatch):
+    """A GPU that multiplies in fp8, as far as ComfyUI can tell."""
+    import comfy.model_management as mm
+
+    monkeypatch.setattr(mm, "supports_fp8_compute", lambda device=None: True)
+
+
+def test_scaled_fp8_where_products_are_in_fp8(lab, fast_fp8):
+    """ComfyUI 0.3.75 turns them on by itself for such files, and they stop at backward."""
+    student = lab.build_student("SD3", scaled_fp8(lab, "SD3"), vae=lab.LinearVAE(16))
+    assert picture_to_lora_ratio(student) == pytest.approx(1, abs=0.01)
+
+
+def test_the_anchor_does_not_pull_towards_the_rounding_of_fast_fp8(lab, fast_fp8):
+    import comfy.ops
+    import comfy.sd
+
+    weights = {
+        key: value.to(torch.float8_e4m3fn) if value.ndim == 2 and "blocks" in key else value
+        for key, value in lab.build_model("SD3").model.diffusion_model.state_dict().items()
+    }
+    options = {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True}
+    model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options)
+    student, fast = lab.build_student("SD3", model, vae=lab.LinearVAE(16)), comfy.ops.fp8_linear
+
+    def drift():
+        student.use_prompt(0)
+        x = student.roll(student.noise(1), 1)
+        taught = student.predict(x, 1)
+        with torch.no_grad(), student.lora.disabled():
+            return taught - student.predict(x, 1)
+
+    assert not student.run(drift, []).any()
+    assert comfy.ops.fp8_linear is fast

@@ -46,7 +46,10 @@ class ManagedJudge:
 
     @staticmethod
     def _new_patcher(judge) -> ModelPatcher:
-        return ModelPatcher(TransformersHolder(judge.model), mm.get_torch_device(), mm.text_encoder_offload_device())
+        device = offload_device = mm.get_torch_device()
+        if not getattr(judge.model, "is_loaded_in_8bit", False):  # whose bytes are kept where no move finds them
+            offload_device = mm.text_encoder_offload_device()
+        return ModelPatcher(TransformersHolder(judge.model), device, offload_device)
 
     def load(self) -> None:
         """Bring the judge to the compute device."""
@@ -177,13 +180,13 @@ class Turns:
             return math.inf  # where weights are whether or not they are in use
         there = [one for one in mm.current_loaded_models if one.device == self.device and one.model is not None]
         leaving = [one for one in there if one.model.offload_device != self.device]  # all, but for --highvram
-        return mm.get_free_memory(self.device) + sum(one.model_loaded_memory() for one in leaving)
+        return _spare_memory(self.device) + sum(one.model_loaded_memory() for one in leaving)
 
     def free(self) -> int:
         """Bytes for activations: what is free now or, in turns, in the one that has least."""
         if self.apart:
             return int(self.room() - max(map(self._size, self.groups.values())))
-        return int(mm.get_free_memory(self.device))
+        return int(_spare_memory(self.device))
 
     def make_room(self, wanted: float) -> None:
         """Have ComfyUI evict models that take no part, until ``wanted`` bytes are free or none is left."""
@@ -245,6 +248,11 @@ class Turns:
             with torch.inference_mode():
                 stay = [one for one in mm.current_loaded_models if one.model in kept]
                 mm.free_memory(wanted, self.device, keep_loaded=stay)
+
+
+def _spare_memory(device: torch.device) -> float:
+    """Free bytes, without those that ComfyUI leaves to the rest of the machine (``--reserve-vram``)."""
+    return mm.get_free_memory(device) - mm.extra_reserved_memory()
 
 
 class InTurn:

@@ -29,6 +29,7 @@ from torch import Tensor
 from .checkpointing import DECODER, JUDGE, Recompute, decoded, make_recomputable, prepare_for_backward
 from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradients, static_clone
 from .control_hints import hints_encoded_apart
+from .full_precision import multiplied_in_full
 from .lora import LoRA, lora_targets
 from .lora_start import start_from
 from .memory_plan import NEED_LESS
@@ -107,6 +108,11 @@ class ComfyStudent:
             )
         if negative is None and asks_for_negative(model, sampler):
             raise ValueError(NEGATIVE_NEEDED)
+        if any(getattr(patch, "is_dynamic", bool)() for patch in model.model_patches_models()):
+            raise ValueError(
+                "A patch of the model (a ControlNet of Qwen-Image or Z-Image) has weights that move while it runs, "
+                "through which no right gradient passes. Start ComfyUI with --disable-dynamic-vram, or take it off."
+            )
         if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
             raise ValueError(
                 "A conditioning carries a hook that swaps the model's weights (Create Hook LoRA, Create Hook Model as "
@@ -208,7 +214,10 @@ class ComfyStudent:
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_cfg(self.cfg)
         with ExitStack() as stack:
+            stack.callback(self._let_go)
             stack.enter_context(gradients())
+            stack.enter_context(multiplied_in_full(patched.model))
+            stack.callback(patched.remove_injections, KEY)
             stack.callback(patched.eject_model)
             stack.callback(patched.remove_wrappers_with_key, WrappersMP.PREPARE_SAMPLING, KEY)
             self.lora.to(patched.load_device)
@@ -222,6 +231,11 @@ class ComfyStudent:
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask, seed=CONDITIONING_SEED)
         return sampler.result
+
+    def _let_go(self) -> None:
+        """Drop what a run had from ComfyUI, and what leads back here, so that nothing waits for garbage collection on
+        the device."""
+        self._guider = self._denoiser = self._extra_args = self._conds = self._all_conds = self._latent = None
 
     def _conds_of_a_draw(self, prompt: int) -> dict[str, list]:
         """What a KSampler would be given. Prompts are never given together: ComfyUI hands areas, ControlNets and GLIGEN

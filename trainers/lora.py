@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al., arXiv 2106.09685) that run beside the frozen layers of a diffusion model.
 
 An adapted layer computes ``y = W x + (alpha / rank) B A x``. ``A`` and ``B`` are float32 whatever the model's dtype:
-in bf16 most entries of ``A`` could not move at the learning rates used here. The frozen weight is never touched, so
-the model is bit-identical once the adapters are ejected.
+in bf16 most entries of ``A`` could not move at the learning rates used here. The products are the model's, as under
+autocast. The frozen weight is never touched, so the model is bit-identical once the adapters are ejected.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .forward_override import override_forward
@@ -84,25 +85,6 @@ def _chosen(path: str, wanted: re.Pattern) -> bool:
     return any(max(a, c) < min(b, d) for a, b in matches for c, d in steering)
 
 
-class Down(torch.autograd.Function):
-    """``A x`` in A's dtype, for x [..., in_features] and A [rank, in_features].
-
-    What waits for backward is a copy of x in its own dtype, which blocks may then write into; autograd's own product
-    would keep one in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor) -> Tensor:
-        ctx.save_for_backward(x if x.dtype == A.dtype else x.clone(), A)
-        return x.to(A.dtype) @ A.T
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, A = ctx.saved_tensors
-        to_x = (grad @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return to_x, grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
-
-
 class Adapter(nn.Module):
     """A low-rank update ``(alpha / rank) B A`` of a linear layer; ``B`` starts at zero, so training starts at base."""
 
@@ -114,12 +96,15 @@ class Adapter(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` [..., out_features] plus the update at ``x`` [..., in_features], in the dtype of ``y``."""
-        down = Down.apply(x, self.A) * self.scale
+        """``y`` [..., out_features] plus the update at ``x`` [..., in_features], computed in the dtype of ``x``."""
+        if x.dtype != self.A.dtype and torch.is_grad_enabled():
+            x = x.clone()  # blocks may write into what the layer was given, which backward needs here
+        down = F.linear(x, self.A.to(x.dtype)) * self.scale
+        up = self.B.T.to(x.dtype)
         if y.dtype != down.dtype:
-            return y + (down @ self.B.T).to(y.dtype)
+            return y + (down @ up).to(y.dtype)
         rows = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
-        return torch.addmm(*rows, self.B.T).view(y.shape)
+        return torch.addmm(*rows, up).view(y.shape)
 
 
 class LoRA(nn.Module):

@@ -125,7 +125,7 @@ class _Probe:
     def __init__(self, adapters: list, gradients: list, predict: Callable[[], Tensor], weights: Tensor):
         self.adapters, self.gradients, self.predict, self.weights = adapters, gradients, predict, weights
         self.base = predict()
-        self.unit = (weights.double().norm() * self.base.double().norm()).item()
+        self.unit = (weights.cpu().double().norm() * self.base.cpu().double().norm()).item()
         self.live = [i for i, pair in enumerate(gradients) if any(g.any() for g in pair)]
         if not self.live:
             raise RuntimeError(f"No gradient reaches the LoRA. {STOCK_LOADERS}, and {NO_KERNELS}.")
@@ -135,7 +135,7 @@ class _Probe:
 
     def _change(self, prediction: Tensor) -> float:
         """Distance of a prediction from the unmoved one, relative to its norm."""
-        return ((prediction - self.base).double().norm() / self.base.double().norm()).item()
+        return ((prediction - self.base).cpu().double().norm() / self.base.cpu().double().norm()).item()
 
     def _moved(self, moves: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
         """The prediction with some adapters' A and B moved."""
@@ -157,7 +157,7 @@ class _Probe:
         return self._moved({i: tuple(g * length for g in self.gradients[i]) for i in group})
 
     def _norm(self, group: list[int]) -> float:
-        return math.sqrt(sum(g.double().square().sum().item() for i in group for g in self.gradients[i]))
+        return math.sqrt(sum(g.cpu().double().square().sum().item() for i in group for g in self.gradients[i]))
 
     def look_for_cut_layers(self, paths: list[str]) -> None:
         """Layers without gradient are right only if the prediction does not depend on them."""
@@ -199,7 +199,7 @@ class _Probe:
         step = max(MOVE, MOVE_PER_NOISE * self.noise)
         ratios = []
         for length in (step, step / 3, step * 3):
-            rise = (self._along(group, length) - self._along(group, -length)).double()
+            rise = (self._along(group, length) - self._along(group, -length)).cpu().double()
             ratios.append(((rise * self.weights).sum() / (2 * length * self.unit)).item())
             if abs(ratios[-1] - 1) <= tolerance:
                 return ratios[-1]

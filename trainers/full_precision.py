@@ -1,0 +1,30 @@
+"""fp8 weights, on GPUs that multiply in fp8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.ops
+from torch import nn
+
+
+@contextmanager
+def multiplied_in_full(network: nn.Module) -> Iterator[None]:
+    """While the context lasts, fp8 weights are multiplied in the precision that the model computes in.
+
+    ComfyUI 0.3.75's own products in fp8 stop at backward. Those of ``--fast`` and ``fp8_e4m3fn_fast`` give way in
+    passes with gradients alone, so that the anchor would pull towards the rounding of the others. Newer ComfyUIs have
+    gradients of their own for files with scales, which are left as they are.
+    """
+    fp8_linear, comfy.ops.fp8_linear = comfy.ops.fp8_linear, lambda *_: None  # as where it cannot
+    fast = [module for module in network.modules() if getattr(module, "_full_precision_mm", True) is False]
+    fast = [] if hasattr(comfy.ops, "QuantLinearFunc") else fast
+    for module in fast:
+        module._full_precision_mm = True
+    try:
+        yield
+    finally:
+        comfy.ops.fp8_linear = fp8_linear
+        for module in fast:
+            module._full_precision_mm = False
