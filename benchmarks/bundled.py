@@ -15,7 +15,7 @@ from dual_process.demo.comfyui import PACK, use_comfyui
 from dual_process.tiny.oracles import holds, measure
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 from dual_process.tiny.scenes import SIDE
-from dual_process.trainers.dual_process import Run, Settings, train
+from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings, train
 from dual_process.trainers.guards import changes
 from dual_process.trainers.objective import MARGIN, Objective
 from dual_process.vlm.loading import load_judge
@@ -26,7 +26,7 @@ BATCH, HELD_OUT, FIRST_SEED = 16, 64, 1_000_000_000
 # as the template "Teach the horizon" has it
 TEMPLATE = Settings(steps=180, learning_rate=1e-3, check_every=10, held=0.97)
 # as "Teach a palette" has it
-COLOURS = replace(TEMPLATE, anchor=0.1, steps=300, judge_noise=0.05)
+COLOURS = replace(TEMPLATE, anchor=0.1, learn_at=EARLY_STEPS, steps=300, judge_noise=0.05)
 TEMPLATES = {"horizon": TEMPLATE, "palette": COLOURS, "line": TEMPLATE, "depth": TEMPLATE}
 
 
