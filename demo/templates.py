@@ -26,6 +26,7 @@ from .workflow import nodes_of, to_api
 
 FOLDER = PACK / "example_workflows"
 LONGEST = 3600  # s that one may run
+TO_DRAW = "Prompt to draw"
 BLUE, GREEN, RED, VIOLET, ORANGE = "#3f789e", "#8A8", "#a33", "#a1309b", "#b06634"
 
 
@@ -38,7 +39,8 @@ def templates(object_info: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
     """A template with the trainer, drawing the same seed without and with what was learned."""
-    model, vae, prompt, latent = image_model(sheet, lesson, models, models.batch, training_note(lesson, models))
+    note = training_note(lesson, models)
+    model, vae, prompt, to_draw, latent = image_model(sheet, lesson, models, models.batch, note)
     guide, wording = guide_of(sheet, lesson, models) if lesson.guide else (None, None)
     judge, questions = judge_and_questions(sheet, lesson, models, guide, wording)
     sheet.group("Teach", VIOLET, 400)
@@ -55,21 +57,21 @@ def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
     lora = Out(trainer, 0)
     sheet.group("Use it: the same seed before and after", ORANGE, 320)
     sheet.add("DualProcessSaveLoRA", "Keep it", lora=lora, filename_prefix=f"dual_process/{lesson.file}")
-    before = shown_with(sheet, models, model, vae, prompt, latent, "Draw without it", "Before")
+    before = shown_with(sheet, models, model, vae, to_draw, latent, "Draw without it", "Before")
     if guide:
         compared = {"reference": before} if lesson.guide == "DualProcessBeforeAfterGuide" else {}
         sheet.add("DualProcessSeenByJudge", images=before, questions=questions, judge=judge, **compared)
     sheet.column(320)
     taught = Out(sheet.add("DualProcessApplyLoRA", "Use what was learned", model=model, lora=lora), 0)
     sheet.leave(44)  # as much as Save LoRA is higher
-    shown_with(sheet, models, taught, vae, prompt, latent, "Draw with it", "After, the same seed")
+    shown_with(sheet, models, taught, vae, to_draw, latent, "Draw with it", "After, the same seed")
     return sheet.saved()
 
 
 def pick(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
     """A template without training: the judge sorts a batch."""
     batch = max(models.batch, 8)
-    model, vae, prompt, latent = image_model(sheet, lesson, models, batch, picking_note(lesson, models))
+    model, vae, prompt, _, latent = image_model(sheet, lesson, models, batch, picking_note(lesson, models))
     judge, questions = judge_and_questions(sheet, lesson, models)
     sheet.group("Draw and sort", VIOLET, 400)
     pictures = drawn(sheet, model, vae, prompt, latent, f"Draw {batch} pictures")
@@ -80,8 +82,8 @@ def pick(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
     return sheet.saved()
 
 
-def image_model(sheet: Sheet, lesson: Lesson, models: Models, batch: int, note: str) -> tuple[Out, Out, Out, Out]:
-    """The first group; gives model, VAE, prompt and latent."""
+def image_model(sheet: Sheet, lesson: Lesson, models: Models, batch: int, note: str) -> tuple[Out, ...]:
+    """The first group; gives model, VAE, prompt, the prompt to draw what was taught with, and latent."""
     sheet.group("The image model", BLUE, 340)
     loader = sheet.add(
         "CheckpointLoaderSimple",
@@ -91,9 +93,10 @@ def image_model(sheet: Sheet, lesson: Lesson, models: Models, batch: int, note: 
     )
     clip = Out(loader, 1) if models.checkpoint_from else Out(sheet.add("DualProcessTinyTextEncoder"), 0)
     prompt = sheet.add("CLIPTextEncode", "Prompt", clip=clip, text=lesson.prompt)
+    to_draw = sheet.add("CLIPTextEncode", TO_DRAW, clip=clip, text=lesson.prompt) if lesson.file else prompt
     latent = sheet.add(models.latent, "Picture size", width=models.size, height=models.size, batch_size=batch)
     sheet.note(note)
-    return Out(loader, 0), Out(loader, 2), Out(prompt, 0), Out(latent, 0)
+    return Out(loader, 0), Out(loader, 2), Out(prompt, 0), Out(to_draw, 0), Out(latent, 0)
 
 
 def guide_of(sheet: Sheet, lesson: Lesson, models: Models) -> tuple[Out, Out]:
@@ -181,7 +184,9 @@ def downloads_of(models: Models) -> tuple[dict[str, str], ...]:
 def training_note(lesson: Lesson, models: Models) -> str:
     """What the user should know before pressing Run."""
     steps = ["Press **Run**, and watch the pictures and the judge's answers on the trainer."]
-    steps += ["Compare **Before** and **After**: the same seed, without and with the LoRA.", lesson.try_this]
+    steps += ["Compare **Before** and **After**: the same seed, without and with the LoRA."]
+    steps += [f"Write other prompts into *{TO_DRAW}*. Whatever leads into the trainer makes it train anew."]
+    steps += [lesson.try_this]
     if lesson.guide:
         same = " (before training both are the same)" if lesson.guide == "DualProcessBeforeAfterGuide" else ""
         look = f"To see first what the judge is shown{same}: select *Seen by the Judge*, at the bottom of group 5, "

@@ -164,8 +164,8 @@ def page(report: Report) -> str:
 AGAIN = """<ol>
 <li>Drop the PNG of the same name on ComfyUI's canvas: it holds the whole workflow (unless ComfyUI ran with
 <code>--disable-metadata</code>).</li>
-<li>Load the same model, VAE and judges; the versions are in the table above. On one machine the same seed gives the
-same LoRA.</li>
+<li>Load the same model, VAE and judges; the versions are in the table above. On one CPU the same seed gives the
+same LoRA, unless another part is recomputed for want of memory; on a GPU it gives a similar one.</li>
 <li>To draw a pair: KSampler with the seed below it, the settings above, and the LoRA at strength 0 and 1.</li>
 </ol>"""
 
