@@ -112,3 +112,28 @@ def test_several_questions_batches_and_two_pictures(judge):
 
 def test_what_was_seen_is_a_multiple_of_32(judge):
     assert judge.seen([picture((70, 90))[0]]).shape == (3, 64, 96)
+
+
+def test_its_blocks_are_recomputed_with_the_same_gradient(lab, clip, managed):
+    """In bf16 every product keeps a copy of its weight in fp32: core computes what encoders do in that."""
+    from dual_process.trainers.checkpointing import JUDGE
+    from dual_process.trainers.dual_process import Settings, one_pass
+    from dual_process.trainers.objective import Objective
+
+    def gradient(on: bool) -> torch.Tensor:
+        student = lab.build_student("SD3", checkpointed=on)
+        again = []
+        student.recompute.tell = lambda event, call: again.append(call.block)
+
+        def loop():
+            noise, rng = student.noise(1), torch.Generator().manual_seed(0)
+            settings = Settings(judge_noise=0.0, anchor=0.0)
+            one_pass(student, student.in_turn(managed), Objective([WARM]), settings, rng, noise, noise, 0)
+            return torch.cat([a.B.grad.flatten() for a in student.lora.adapters if a.B.grad is not None])
+
+        found = student.run(loop, beside=[managed.patcher])
+        assert any(block.part == JUDGE for block in again) == on
+        return found
+
+    kept, recomputed = gradient(False), gradient(True)
+    assert kept.norm() > 0 and (recomputed - kept).norm() < 1e-5 * kept.norm()

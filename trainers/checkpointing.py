@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..vlm.native import AddOutOfPlace
 from .forward_override import override_forward
 from .lora import CONTAINERS, repeated_blocks
 
@@ -159,6 +160,23 @@ def stacked_blocks(module: nn.Module, listed: bool = False) -> Iterator[nn.Modul
                 yield child
         else:
             yield from stacked_blocks(child, listed or isinstance(child, CONTAINERS))
+
+
+def added_out_of_place(model: nn.Module) -> ExitStack:
+    """Let the blocks of a judge that is ComfyUI's own add as ``AddOutOfPlace`` says, when they are recomputed too;
+    closing the returned stack puts everything back."""
+    stack = ExitStack()
+    for block in stacked_blocks(model):
+        stack.callback(override_forward(block, _added_out_of_place))
+    return stack
+
+
+def _added_out_of_place(forward):
+    def block(*args, **kwargs):
+        with AddOutOfPlace():
+            return forward(*args, **kwargs)
+
+    return block
 
 
 def _on_a_clone(forward):

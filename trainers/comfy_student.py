@@ -26,7 +26,15 @@ from comfy.sd import VAE
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from .checkpointing import DECODER, JUDGE, Recompute, decoded, make_recomputable, prepare_for_backward
+from .checkpointing import (
+    DECODER,
+    JUDGE,
+    Recompute,
+    added_out_of_place,
+    decoded,
+    make_recomputable,
+    prepare_for_backward,
+)
 from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradients, static_clone
 from .control_hints import hints_encoded_apart
 from .full_precision import multiplied_in_full
@@ -185,8 +193,7 @@ class ComfyStudent:
 
         Args:
             beside: the judge, or both, to keep on the device together with model and VAE or to take turns with them
-                (``in_turn``). Those of transformers are recomputed with them; ComfyUI's own run only in the
-                surroundings that ``NativeJudge`` gives them.
+                (``in_turn``).
         """
         patched = self.model
         # Compiled code is of the model without LoRA, and of the user's copy of it where ours has weights of its own.
@@ -226,8 +233,9 @@ class ComfyStudent:
             noise = torch.zeros_like(self.latent)
             stack.enter_context(make_recomputable(self.decoder.model, DECODER, self.recompute))
             for patcher in beside:
-                if isinstance(patcher.model, TransformersHolder):
-                    stack.enter_context(make_recomputable(patcher.model, JUDGE, self.recompute))
+                if not isinstance(patcher.model, TransformersHolder):
+                    stack.enter_context(added_out_of_place(patcher.model))
+                stack.enter_context(make_recomputable(patcher.model, JUDGE, self.recompute))
             sampler = _Loop(self, loop)
             guider.sample(noise, self.latent, sampler, self.sigmas.clone(), self.latent_mask, seed=CONDITIONING_SEED)
         return sampler.result
