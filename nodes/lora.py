@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..trainers.diffusers_lora import to_diffusers
+from ..trainers.lora_beside import add_beside, split
 from ..trainers.lora_file import new_lora_path, save_lora
 from ..trainers.lora_fit import fit
 from .types import CATEGORY, LoRAType
@@ -79,7 +80,10 @@ def lora_patches(model, lora_name: str, lora: dict[str, torch.Tensor] | None, no
 def with_patches(model, patches: dict, strength: float):
     """A clone of MODEL with ``lora_patches`` at a strength (1 is what was trained)."""
     controlled = model.clone()
-    controlled.add_patches(patches, strength)
+    beside, inside = split(patches, model.model)
+    controlled.add_patches(inside, strength)
+    if beside:
+        add_beside(controlled, beside, strength)
     return controlled
 
 

@@ -39,6 +39,7 @@ from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradi
 from .control_hints import hints_encoded_apart
 from .full_precision import multiplied_in_full
 from .lora import LoRA, lora_targets
+from .lora_beside import held_beside
 from .lora_start import start_from
 from .memory_plan import NEED_LESS
 from .prompts import single_prompts
@@ -224,6 +225,7 @@ class ComfyStudent:
             stack.callback(self._let_go)
             stack.enter_context(gradients())
             stack.enter_context(multiplied_in_full(patched.model))
+            stack.enter_context(held_beside(patched))
             stack.callback(patched.remove_injections, KEY)
             stack.callback(patched.eject_model)
             stack.callback(patched.remove_wrappers_with_key, WrappersMP.PREPARE_SAMPLING, KEY)
