@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dual_process.tests import vlm_families
 from dual_process.trainers.augment import varied, with_noise
+from dual_process.trainers.checkpointing import Recompute
 from dual_process.trainers.dual_process import (
     EARLY_STEPS,
     FRESH_NOISE,
@@ -224,6 +225,28 @@ def test_what_a_continued_lora_has_to_keep_is_that_of_the_model_without_it():
     assert looks.take(1) == "", "as bright as it began"
     student.lora.shift.data.fill_(0.5)
     assert "brighter" in looks.take(2)
+
+
+def test_a_step_that_runs_out_of_memory_begins_again_with_everything_recomputed():
+    class Crowded(GreyStudent):
+        passes = 0
+
+        def __init__(self, foreseen):
+            super().__init__()
+            self.recompute = Recompute(on=False, foreseen=foreseen)
+
+        def predict(self, x, k):
+            if torch.is_grad_enabled():
+                self.passes += 1
+                if self.passes == 4 and not self.recompute.on:  # the second of step 2
+                    raise torch.OutOfMemoryError("full")
+            return super().predict(x, k)
+
+    kept, _, _ = teach(steps=4, accumulate=2)
+    crowded, run, _ = teach(student=Crowded(foreseen=True), steps=4, accumulate=2)
+    assert crowded.recompute.on and len(run.loss) == 4 and torch.equal(crowded.lora.shift, kept.lora.shift)
+    with pytest.raises(torch.OutOfMemoryError):
+        teach(student=Crowded(foreseen=False), steps=4, accumulate=2)
 
 
 def test_learns_no():

@@ -77,11 +77,20 @@ class Recompute:
         on: recompute blocks in backward instead of keeping activations; may be changed between two passes.
         kept: those that keep their activations all the same.
         tell: called with an event and the call it happens to.
+        foreseen: whether this is the choice of ``memory_plan``, which may have foreseen too little.
     """
 
     on: bool
     kept: frozenset[Block] = frozenset()
     tell: Callable[[Event, Call], None] = lambda event, call: None
+    foreseen: bool = False
+
+    def give_way(self) -> bool:
+        """Recompute everything from now on, where what is kept was foreseen; returns whether that changes anything."""
+        if not self.foreseen or (self.on and not self.kept):
+            return False
+        self.on, self.kept = True, frozenset()
+        return True
 
     def __contains__(self, block: Block) -> bool:
         """Whether a block is recomputed."""

@@ -7,6 +7,7 @@ into the LoRA.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from .augment import varied, with_noise
 from .average import Average
 from .looks import Check, Looks
 from .objective import Objective
+
+log = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
@@ -183,9 +186,25 @@ def train(
 def passes(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
     """The passes of one step; leaves the mean of their gradients in the LoRA.
 
+    Where memory runs out although it was foreseen to suffice, the step begins again with everything recomputed.
+
     Returns:
         Mean loss, mean score [Q], the last pass's pictures [B, 3, H, W], unclamped.
     """
+    before = rng.get_state()
+    try:
+        return _passes(student, judge, objective, settings, rng)
+    except torch.OutOfMemoryError:
+        if not student.recompute.give_way():
+            raise
+    log.warning("Memory ran out: from here on everything is recomputed, which takes longer.")
+    rng.set_state(before)
+    for parameter in student.lora.parameters():
+        parameter.grad = None
+    return _passes(student, judge, objective, settings, rng)
+
+
+def _passes(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
     losses, answers = [], []
     for noise, x, k in starts(student, settings, rng):
         loss, scores, image = one_pass(student, judge, objective, settings, rng, noise, x, k)

@@ -79,7 +79,7 @@ def plan_memory(student, judge, objective: Objective, settings: Settings) -> Mem
         free = student.free_memory()
     everything = rehearsal.blocks
     kept = rehearsal.choose(free / HEADROOM)
-    recompute.on, recompute.kept = kept != everything, kept
+    recompute.on, recompute.kept, recompute.foreseen = kept != everything, kept, True
     blocks = everything - {WHOLE_VAE}
     recomputed, there = (Counter(block.part for block in some) for some in (blocks - kept, blocks))
     return MemoryPlan(
