@@ -72,7 +72,8 @@ def main() -> None:
         ours = replace(TEMPLATE, seed=seed)
         for about, answer in EVERY:
             teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES[about], seed=seed))
-        teach("two at once", PAIR, replace(ours, anchor=TEMPLATES["palette"].anchor))
+        both = replace(ours, anchor=TEMPLATES["palette"].anchor, learn_at=TEMPLATES["palette"].learn_at)
+        teach("two at once", PAIR, both)
         if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
             table.add("two stacked", seed, stacked(laboratory, table, seed), PAIR)
         drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)

@@ -193,7 +193,7 @@ def _further() -> list[io.Input]:
             step=0.05,
             optional=True,
             tooltip="When pictures of seeds that are not trained on get darker, greyer, emptier or more alike, or the "
-            "reverse, by more than this share (0.35: 35 %), training goes back to its best LoRA and on at a third of "
+            "reverse, by more than this share (0.25: 25 %), training goes back to its best LoRA and on at a third of "
             "the learning rate; the fourth time it stops. 0: never.",
         ),
         io.Float.Input(

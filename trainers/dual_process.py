@@ -76,7 +76,7 @@ class Settings:
     learn_at: str = ANY_STEP
     average: float = 0.7
     accumulate: int = 1
-    drift_limit: float = 0.35
+    drift_limit: float = 0.25
 
     def learned_steps(self, steps: int) -> range:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
