@@ -280,17 +280,18 @@ class Progress:
         )
 
     def end(self, run: Run, reminder: str) -> None:
-        """Leave one line on the node: how many steps it took, why it ended, what it brought on held-out seeds, how the
+        """Leave one line on the node: what it brought on held-out seeds, how many steps it took, why it ended, how the
         pictures changed by it, and what to be reminded of."""
         skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
         first, kept = run.checks[0], run.checks[-1]
-        brought = f". Held-out seeds: {percent(first.scores)} before, {percent(kept.scores)} after step {kept.step}"
+        brought = f"Held-out seeds: {percent(first.scores)} before, {percent(kept.scores)} after step {kept.step}. "
         if kept is first:
-            brought = f". Held-out seeds: {percent(first.scores)}; {NOTHING_LEARNED}" if run.loss else ""
+            brought = f"Held-out seeds: {percent(first.scores)}; {NOTHING_LEARNED}. " if run.loss else ""
         second = f". Second judge: {percent(first.second)} before, {percent(kept.second)} after" if kept.second else ""
         drift = warning(kept.changes, NOTICEABLE) if kept.changes else ""
         changed = f". Pictures got {drift}" if drift else ""
-        text = f"{len(run.loss)} steps{skipped}: {'; '.join([*run.rate_falls, run.stopped])}{brought}{second}{changed}"
+        ended = "; ".join([*run.rate_falls, run.stopped])
+        text = f"{brought}{len(run.loss)} steps{skipped}: {ended}{second}{changed}"
         text = " ".join(filter(None, [f"{text}.", self.warned, reminder]))
         PromptServer.instance.send_progress_text(text, self.node_id)
 

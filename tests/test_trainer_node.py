@@ -102,8 +102,8 @@ def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
     assert torch.equal(trainer.noise_levels(inputs), plain)
 
 
-NOTHING = "Held-out seeds: 50%; no look was better than the first, so the LoRA is what it was before"
-GREYER = "Held-out seeds: 50% before, 75% after step 20. Pictures got 30% greyer"
+NOTHING = "Held-out seeds: 50%; no look was better than the first, so the LoRA is what it was before.", ""
+GREYER = "Held-out seeds: 50% before, 75% after step 20.", ". Pictures got 30% greyer"
 
 
 @pytest.mark.parametrize("changes, said", [({}, NOTHING), ({"saturation": -0.3}, GREYER)])
@@ -120,7 +120,7 @@ def test_last_line_on_the_node_also_when_nothing_was_better_than_before(trainer,
     checks = [before, kept] if changes else [before, kept, before]
     run = Run(loss=[1.0] * 20, checks=checks, stopped="all steps done")
     trainer.Progress("7", 20).end(run, "")
-    assert texts == [f"20 steps: all steps done. {said}."]
+    assert texts == [f"{said[0]} 20 steps: all steps done{said[1]}."]
 
 
 @pytest.mark.parametrize("typo", [{"objective": "typo"}, {"learn_at": "typo"}, {"recompute": "typo"}])
