@@ -180,8 +180,7 @@ class CompositionGuide(io.ComfyNode):
             raise ValueError("Composition Guide draws a mask or a sketch: connect one of the two.")
         if sketch is not None:
             picture = _own_picture(sketch)
-            alpha = None if mask is None else _alpha(mask, *picture.shape[1:])
-            drawing = PlacedPicture(picture, alpha, stretch=True)
+            drawing = PlacedPicture(picture, _alpha(mask, *picture.shape[1:]), stretch=True)
         else:
             drawing = Areas(_own(mask).reshape(-1, *mask.shape[-2:]), tuple(labels.splitlines()))
         return _drawn(cls, drawing, question, show, opacity)
@@ -224,7 +223,7 @@ class GuideFromImage(io.ComfyNode):
     @classmethod
     def execute(cls, image, show, opacity, x, y, scale, fit, mask=None):
         picture = _own_picture(image)
-        alpha = None if mask is None else _alpha(mask, *picture.shape[1:])
+        alpha = _alpha(mask, *picture.shape[1:])
         if show == BESIDE:
             return io.NodeOutput(Beside(picture if alpha is None else picture * alpha + 1 - alpha))
         drawing = PlacedPicture(picture, alpha, x, y, scale, fit == STRETCH)
@@ -308,9 +307,9 @@ def _overlay(drawing: Drawing, show: str, opacity: float) -> Overlay:
     Raises:
         ValueError: it leaves nothing of the picture to be seen.
     """
-    overlay = Overlay(drawing, show, opacity)
-    _, alpha = overlay.drawn(SHOWN_SIDE, SHOWN_SIDE)
-    if alpha.min() > 0.99:
+    overlay, side = Overlay(drawing, show, opacity), SHOWN_SIDE
+    shapes = (side, side // 2), (side, side), (side // 2, side)  # the picture's own is not known yet
+    if all(overlay.drawn(*shape)[1].min() > 0.99 for shape in shapes):
         raise ValueError(
             "The guide covers the whole picture, so the judge would see nothing of it. Draw on white, or connect the "
             "mask that Load Image gives of a drawing on a transparent ground, or lower the opacity."
@@ -336,7 +335,10 @@ def _own_picture(images: torch.Tensor) -> torch.Tensor:
     return colour * alpha + 1 - alpha if len(alpha) else colour
 
 
-def _alpha(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """``[height, width]``, 1 where the guide covers, of a mask of any size that is 1 where it is clear."""
+def _alpha(mask: torch.Tensor | None, height: int, width: int) -> torch.Tensor | None:
+    """``[height, width]``, 1 where the guide covers, of a mask of any size that is 1 where it is clear. None without a
+    mask, and for one without a clear place, as Load Image gives it of a file that has no transparency."""
+    if mask is None or not mask.any():
+        return None
     clear = _own(mask).reshape(-1, 1, *mask.shape[-2:])[:1]
     return 1 - interpolate(clear, (height, width), mode="bilinear")[0, 0]

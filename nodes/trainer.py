@@ -149,10 +149,16 @@ def choices(inputs: SimpleNamespace, negative: list[str]) -> dict[str, str]:
 
 
 def is_saved(graph: dict[str, dict], trainer: str) -> bool:
-    """Whether the LoRA goes into a node that writes it, ours or core's; ``graph`` is in ComfyUI's API form."""
-    return any(
-        node["class_type"].endswith("SaveLoRA") and [trainer, 0] in node["inputs"].values() for node in graph.values()
-    )
+    """Whether the LoRA goes into a node that writes it, ours or core's, also through others; ``graph`` is in ComfyUI's
+    API form."""
+    fed = {number for number, node in graph.items() if [trainer, 0] in node["inputs"].values()}
+    while more := {
+        number
+        for number, node in graph.items()
+        if number not in fed and any(isinstance(value, list) and value[0] in fed for value in node["inputs"].values())
+    }:
+        fed |= more
+    return any(graph[number]["class_type"].endswith("SaveLoRA") for number in fed)
 
 
 def bundled_judge_warning(name: str, student: ComfyStudent) -> str:
@@ -289,7 +295,8 @@ class Progress:
             brought = f"Held-out seeds: {percent(first.scores)}; {NOTHING_LEARNED}. " if run.loss else ""
         second = f". Second judge: {percent(first.second)} before, {percent(kept.second)} after" if kept.second else ""
         drift = warning(kept.changes, NOTICEABLE) if kept.changes else ""
-        changed = f". Pictures got {drift}" if drift else ""
+        than = ", compared with the model without the LoRA" if first.changes else ""
+        changed = f". Pictures got {drift}{than}" if drift else ""
         ended = "; ".join([*run.rate_falls, run.stopped])
         text = f"{brought}{len(run.loss)} steps{skipped}: {ended}{second}{changed}"
         text = " ".join(filter(None, [f"{text}.", self.warned, reminder]))

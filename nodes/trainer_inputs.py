@@ -23,8 +23,10 @@ def check_choices(values: dict) -> None:
     Raises:
         ValueError: naming the input.
     """
+    instead = {"sampler_name": values.get("sampler"), "scheduler": values.get("sigmas")}
     for one in trainer_inputs():
-        if isinstance(one, io.Combo.Input) and values.get(one.id, one.options[0]) not in one.options:
+        read = instead.get(one.id) is None and one.id != "continue_from"  # a file, which may have come since
+        if read and isinstance(one, io.Combo.Input) and values.get(one.id, one.options[0]) not in one.options:
             listed = ", ".join(map(str, one.options))
             raise ValueError(f"{one.id} is '{values[one.id]}', which it cannot be. Choose one of: {listed}.")
 

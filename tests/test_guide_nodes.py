@@ -176,3 +176,14 @@ def test_a_drawing_on_a_transparent_ground_covers_only_where_it_is_drawn(comfy, 
         assert torch.equal(shown[0, :, 5, 5], grey[0, :, 5, 5])
     palette = PaletteGuide.execute("", 2, "?", **LOOKS, reference=with_alpha).result[0].drawing
     assert set(palette.colours) == {(255, 255, 255), (255, 0, 0)}
+
+
+def test_what_covers_pictures_of_one_shape_only_and_a_mask_without_a_clear_place_are_no_reason_to_refuse(comfy):
+    from dual_process.nodes.guides import CompositionGuide, GuideFromImage
+
+    square, nothing_clear = torch.full((1, 64, 64, 3), 0.3), torch.zeros(1, 64, 64)
+    GuideFromImage.execute(square, "solid", 1.0, 0.5, 0.5, 1.0, "keep its shape")
+    on_white = torch.ones(1, 64, 64, 3)
+    on_white[:, 20:40, 20:40] = 0.0
+    overlay = CompositionGuide.execute("", "?", **LOOKS, mask=nothing_clear, sketch=on_white).result[0]
+    assert overlay.drawn(64, 64)[1].mean() == pytest.approx(400 / 4096, abs=0.05)

@@ -222,7 +222,8 @@ def test_what_a_continued_lora_has_to_keep_is_that_of_the_model_without_it():
     assert looks.objective.before == pytest.approx((0.17, 0.83), abs=0.01)
     assert run.checks[0].scores == pytest.approx([0.69, 0.31], abs=0.01) and len(run.checks) == 1
     assert run.checks[0].changes["luminance"] == pytest.approx(1, abs=0.05)
-    assert looks.take(1) == "", "as bright as it began"
+    student.lora.shift.data.fill_(0.302)
+    assert looks.take(1) == "", "hardly brighter than it began"
     student.lora.shift.data.fill_(0.5)
     assert "brighter" in looks.take(2)
 

@@ -230,3 +230,29 @@ def test_a_second_lora_is_trained_on_top_of_one_beside_fp8(lab, load, checkpoint
             adapter.B.zero_()
     assert (student.run(draw, beside=[]) - drawn).norm() < 1e-3 * drawn.norm()
     assert torch.equal(lab.sample(applied, "SD3"), drawn)
+
+
+def test_a_lora_beside_fp8_acts_on_a_compiled_model_too(lab):
+    """Compiled before or after, and drawn without it first."""
+    from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+
+    from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
+
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("torch before 2.6")
+    model = plain_fp8(lab, "SD3")
+    lora, _ = learned(lab, model, "SD3")
+
+    def applied(to):
+        return ApplyLoRA.execute(to, FROM_TRAINER, 1.0, lora.export()).result[0]
+
+    def compiled(one):
+        clone = one.clone()
+        set_torch_compile_wrapper(clone, backend="eager")
+        return clone
+
+    uncompiled = lab.sample(applied(model), "SD3")
+    bare = compiled(model)
+    assert (lab.sample(bare, "SD3") - uncompiled).norm() > 0.01 * uncompiled.norm()
+    for both in (applied(bare), compiled(applied(model))):
+        assert (lab.sample(both, "SD3") - uncompiled).norm() < 1e-3 * uncompiled.norm()

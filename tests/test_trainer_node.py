@@ -138,6 +138,10 @@ def test_what_is_known_of_the_graph(trainer):
     )
     for kind in ("SaveLoRA", "DualProcessSaveLoRA"):
         assert trainer.is_saved({**graph, "8": {"class_type": kind, "inputs": {"lora": ["7", 0]}}}, "7")
+    through = {"8": {"class_type": "Switch", "inputs": {"a": ["7", 0]}}, "9": {"class_type": "SaveLoRA", "inputs": {}}}
+    assert not trainer.is_saved({**graph, **through}, "7")
+    through["9"]["inputs"]["lora"] = ["8", 0]
+    assert trainer.is_saved({**graph, **through}, "7")
     large, small = (SimpleNamespace(size=size) for size in ((512, 64), (64, 64)))
     bundled = trainer.BUNDLED_JUDGE
     assert bundled in trainer.bundled_judge_warning(bundled, large)
@@ -153,3 +157,11 @@ def test_what_cannot_be_read_from_the_rest_is_written_down(lab, trained):
         **{"sampler": "euler", "scheduler": "normal", "negative prompt": "none", "targets": "attn"},
         **{"continued from": "(a new LoRA)"},
     }
+
+
+def test_a_list_that_is_not_read_is_not_checked(lab, trained):
+    import comfy.samplers
+
+    sigmas, sampler = torch.tensor([1.0, 0.5, 0.0]), comfy.samplers.sampler_object("euler")
+    gone = {"sampler_name": "of a pack that is gone", "scheduler": "likewise"}
+    trained(judge=lab.build_judge(), sigmas=sigmas, sampler=sampler, steps=1, check_every=0, **gone)

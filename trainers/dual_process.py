@@ -58,8 +58,8 @@ class Settings:
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
             is checked on held-out seeds, and what is handed back.
         drift_limit: change of the held-out pictures (``guards.changes``) at which training goes back to its best look
-            and on at a third of the rate, and after ``RETREATS`` times stops; 0 never does. Read while looking. A
-            LoRA that is continued may be that far already.
+            and on at a third of the rate, and after ``RETREATS`` times stops; 0 never does. Read while looking. What
+            a LoRA that is continued has changed already may change by half of it more.
         accumulate: passes of one batch, each with a noise of its own, whose gradients make one step.
     """
 

@@ -64,17 +64,22 @@ def changes(before: Tensor, after: Tensor) -> dict[str, float]:
     return result
 
 
-def warning(found: dict[str, float], limit: float) -> str:
-    """What left its range of ± ``limit``, in words such as "60 % darker, 52 % more alike"; empty when all is well."""
-    return ", ".join(faults(found, limit).values())
+def warning(found: dict[str, float], limit: float, began: dict[str, float] | None = None) -> str:
+    """What left its range of ± ``limit``, in words such as "60 % darker, 52 % more alike"; empty when all is well.
+
+    ``began``: the changes there were at first; what had changed then may change by half of ``limit`` more.
+    """
+    return ", ".join(faults(found, limit, began).values())
 
 
-def faults(found: dict[str, float], limit: float) -> dict[str, str]:
-    """The measures that left their range of ± ``limit``, each with its words.
+def faults(found: dict[str, float], limit: float, began: dict[str, float] | None = None) -> dict[str, str]:
+    """The measures that left their range, see ``warning``, each with its words.
 
     More different pictures are no fault, and neither are fewer burnt ones.
     """
-    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in _bad(found).items() if abs(x) > limit}
+    first = _bad(began) if began else dict.fromkeys(WORDS, 0.0)
+    most = {name: max(limit, abs(x) + limit / 2) for name, x in first.items()}
+    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in _bad(found).items() if abs(x) > most[name]}
 
 
 def largest_fault(found: dict[str, float]) -> float:

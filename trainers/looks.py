@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .guards import changes, largest_fault, warning
+from .guards import changes, warning
 from .objective import Objective
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ class Looks:
         self._chooser = objective.start_from(untaught.second or untaught.scores)
         first = untaught if student.lora.blank else self._look(step=0)
         run.checks.append(first)
-        already = largest_fault(first.changes) if first.changes else 0.0
-        self._limit = max(settings.drift_limit, already) if settings.drift_limit else math.inf
         self._since = [first]  # the best look that training goes on from, and the fine ones since then
         self._enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1) // 2))
         self._keep(first)
@@ -79,7 +77,8 @@ class Looks:
                 check.pictures = None
         look, watching = self._look(step), self.settings.check_every > 0
         self.run.checks.append(look)
-        drift = warning(look.changes, self._limit) if watching else ""
+        limit, began = self.settings.drift_limit or math.inf, self.run.checks[0].changes
+        drift = warning(look.changes, limit, began) if watching else ""
         if not drift:
             self._since.append(look)
             if not watching or self._standing(look) >= max(map(self._standing, self._since)) - NOISE:

@@ -6,7 +6,7 @@ To patch such a weight ComfyUI rounds the sum to 8 bits again, which changes pic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import comfy.utils
 import torch
@@ -60,7 +60,7 @@ class Beside:
             self.updates[key.removesuffix(".weight")] = Update(down.flatten(1), up.flatten(1) * scale)
 
     def __call__(self, executor, *args, **kwargs):
-        with self.on(executor.class_obj):
+        with self.on(executor.class_obj), _uncompiled():
             return executor(*args, **kwargs)
 
     @contextmanager
@@ -85,6 +85,12 @@ class Update:
                 matrix.detach().to(x.device, x.dtype, copy=matrix.is_inference()) for matrix in self.matrices
             ]
         return y + F.linear(F.linear(x, down), up).to(y.dtype)
+
+
+def _uncompiled():
+    """torch.compile's code, where there is any, knows of no hooks: it would draw without the LoRA."""
+    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    return stance("force_eager") if stance else nullcontext()
 
 
 def _is_coarse(key: str | tuple, model: BaseModel) -> bool:

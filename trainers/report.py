@@ -108,9 +108,10 @@ class Report:
     def changed(self) -> str:
         """What became of the pictures besides, in a sentence."""
         drift = warning(self.after.changes, NOTICEABLE) if self.after.changes else ""
-        return (
-            f"Pictures got {drift}." if drift else f"No measure of the pictures changed by more than {NOTICEABLE:.0%}."
-        )
+        than = ", compared with the model without the LoRA" if self.before.changes else ""
+        if drift:
+            return f"Pictures got {drift}{than}."
+        return f"No measure of the pictures changed by more than {NOTICEABLE:.0%}{than}."
 
 
 def numbers(report: Report) -> dict:
