@@ -44,7 +44,7 @@ GUIDES: dict[str, tuple[Callable[[Tensor, float], Drawing], tuple[float, ...]]] 
 }
 MOVED = {"horizon": 0.04, "palette": 0.1, "line": 0.3}  # what counts as different, in the oracle's units
 TARGET = FOLLOWING["target"]
-FOLLOWED = {"held": FOLLOWING["stop_at"], "drift_limit": FOLLOWING["drift_limit"]}
+FOLLOWED = {"held": FOLLOWING["stop_at"], **{name: FOLLOWING[name] for name in ("drift_limit", "learn_at")}}
 SETTINGS = {name: replace(TEMPLATES[KINDS[name].about], **FOLLOWED) for name in GUIDES}
 COMPARED = {about: replace(TEMPLATES[about], **FOLLOWED) for about in COMPARISONS}
 

@@ -158,7 +158,7 @@ TINY_LESSONS = [
 ]
 WITH_A_GUIDE = " with a guide"
 # this judge is not as sure about guides as about plain questions, and one wanted height makes pictures alike by itself
-FOLLOWING = {"target": 0.9, "stop_at": 0.85, "drift_limit": 0.5}
+FOLLOWING = {"target": 0.9, "stop_at": 0.85, "drift_limit": 0.5, "learn_at": "early steps"}
 TINY_GUIDED_LESSONS = [
     Lesson(
         f"Teach the horizon{WITH_A_GUIDE}",
