@@ -26,7 +26,8 @@ BATCH, HELD_OUT, FIRST_SEED = 16, 64, 1_000_000_000
 # as the template "Teach the horizon" has it
 TEMPLATE = Settings(steps=180, learning_rate=1e-3, check_every=10, held=0.97)
 # as "Teach a palette" has it
-COLOURS = replace(TEMPLATE, anchor=0.1, learn_at=EARLY_STEPS, steps=300, judge_noise=0.05)
+ALL_CHANGES = {"anchor": 0.1, "learn_at": EARLY_STEPS, "drift_limit": 0.35}
+COLOURS = replace(TEMPLATE, **ALL_CHANGES, steps=300, judge_noise=0.05)
 TEMPLATES = {"horizon": TEMPLATE, "palette": COLOURS, "line": TEMPLATE, "depth": TEMPLATE}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dual_process.benchmarks import guided
-from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.bundled import ALL_CHANGES, BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table, largest_change
 from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings
@@ -72,8 +72,7 @@ def main() -> None:
         ours = replace(TEMPLATE, seed=seed)
         for about, answer in EVERY:
             teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES[about], seed=seed))
-        both = replace(ours, anchor=TEMPLATES["palette"].anchor, learn_at=TEMPLATES["palette"].learn_at)
-        teach("two at once", PAIR, both)
+        teach("two at once", PAIR, replace(ours, **ALL_CHANGES))
         if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
             table.add("two stacked", seed, stacked(laboratory, table, seed), PAIR)
         drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)
