@@ -26,7 +26,7 @@ def test_template_opens_and_runs(server, tmp_path):
         page.set_widgets("DualProcessTrainer", {"steps": 2, "check_every": 0, "seed": 61})
         page.run()
         page.screenshot(tmp_path / "finished.png")
-        shown = page.script("return Object.values(app.nodeOutputs).flatMap(output => output.images ?? []);")
+        shown = page.script("return Object.values(app.nodeOutputs).flatMap(output => output?.images ?? []);")
         errors = [line for line in page.errors() if "dual_process" in line]
     assert errors == []
     assert len(shown) >= 3, "before, after and the trainer's pairs"

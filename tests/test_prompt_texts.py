@@ -12,7 +12,7 @@ TEMPLATE = Path(__file__).parent / "api" / "teach.json"
 
 def test_of_the_template():
     """Its questions are texts as well."""
-    assert prompt_texts(json.loads(TEMPLATE.read_text()).__getitem__, "9") == ["a landscape with two balls"]
+    assert prompt_texts(json.loads(TEMPLATE.read_text()).__getitem__, "10") == ["a landscape with two balls"]
 
 
 def encoded(**inputs) -> dict:
