@@ -10,7 +10,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -155,7 +155,7 @@ def is_saved(graph: dict[str, dict], trainer: str) -> bool:
     while more := {
         number
         for number, node in graph.items()
-        if number not in fed and any(isinstance(value, list) and value[0] in fed for value in node["inputs"].values())
+        if number not in fed and any(is_link(value) and value[0] in fed for value in node["inputs"].values())
     }:
         fed |= more
     return any(graph[number]["class_type"].endswith("SaveLoRA") for number in fed)

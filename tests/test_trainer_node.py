@@ -138,7 +138,10 @@ def test_what_is_known_of_the_graph(trainer):
     )
     for kind in ("SaveLoRA", "DualProcessSaveLoRA"):
         assert trainer.is_saved({**graph, "8": {"class_type": kind, "inputs": {"lora": ["7", 0]}}}, "7")
-    through = {"8": {"class_type": "Switch", "inputs": {"a": ["7", 0]}}, "9": {"class_type": "SaveLoRA", "inputs": {}}}
+    through = {
+        "8": {"class_type": "Switch", "inputs": {"a": ["7", 0], "b": []}},
+        "9": {"class_type": "SaveLoRA", "inputs": {}},
+    }
     assert not trainer.is_saved({**graph, **through}, "7")
     through["9"]["inputs"]["lora"] = ["8", 0]
     assert trainer.is_saved({**graph, **through}, "7")
