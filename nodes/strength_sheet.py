@@ -6,10 +6,12 @@ import comfy.samplers
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 import nodes
 
 from ..trainers.comfy_student import NEGATIVE_NEEDED, asks_for_negative
+from ..trainers.noise_levels import noise_levels
 from ..trainers.sheet import grid, to_image
 from .lora import lora_inputs, lora_patches, with_patches, written_at
 from .types import CATEGORY
@@ -64,6 +66,8 @@ class StrengthSheet(io.ComfyNode):
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As the LoRA was trained."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed when cfg is not 1 and by CFG++."),
                 lora,
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of scheduler and sampler_steps."),
+                io.Sampler.Input("sampler", optional=True, tooltip="Instead of sampler_name."),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet", tooltip="One picture: strengths across, the batch downwards."),
@@ -74,19 +78,22 @@ class StrengthSheet(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, vae, positive, latent, lora_name, strengths, seed, sampler_steps, sampler_name, scheduler, cfg,
-        negative=None, lora=None,
+        negative=None, lora=None, sigmas=None, sampler=None,
     ):  # fmt: skip
         if negative is None and cfg != 1.0:
             raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
-        if negative is None and asks_for_negative(model, comfy.samplers.sampler_object(sampler_name)):
+        drawn_with = sampler or comfy.samplers.sampler_object(sampler_name)
+        if negative is None and asks_for_negative(model, drawn_with):
             raise ValueError(NEGATIVE_NEEDED)
+        levels = noise_levels(model, sampler_steps, sampler_name, scheduler, sampler, sigmas)
         numbers = numbers_in(strengths)
         patches = lora_patches(model, lora_name, lora, "Strength Sheet")
         columns = []
         for strength in numbers:
             controlled = with_patches(model, patches, strength)
-            settings = (seed, sampler_steps, cfg, sampler_name, scheduler)
-            (drawn,) = nodes.common_ksampler(controlled, *settings, positive, negative or positive, latent)
+            drawn = SamplerCustom.execute(
+                controlled, True, seed, cfg, positive, negative or positive, drawn_with, levels, latent
+            ).result[0]
             columns.append(nodes.VAEDecode().decode(vae, drawn)[0].cpu())
         rows = torch.stack(columns, dim=1)  # [row, strength, H, W, 3]
         labelled = grid(

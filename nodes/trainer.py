@@ -23,6 +23,7 @@ from ..trainers.looks import CHECK_SEEDS
 from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
 from ..trainers.memory_plan import plan_memory, try_step
+from ..trainers.noise_levels import noise_levels
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
@@ -193,13 +194,14 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
     Raises:
         ValueError: inputs that do not fit together.
     """
+    drawn_with = inputs.sampler_name, inputs.scheduler, inputs.sampler, inputs.sigmas
     return ComfyStudent(
         inputs.model,
         inputs.vae,
         [inputs.positive, *inputs.more_prompts],
         inputs.negative,
         inputs.latent,
-        noise_levels(inputs),
+        noise_levels(inputs.model, inputs.sampler_steps, *drawn_with),
         inputs.sampler or comfy.samplers.sampler_object(inputs.sampler_name),
         cfg=inputs.cfg,
         rank=inputs.rank,
@@ -209,20 +211,6 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
         checkpointed=inputs.checkpointing and inputs.recompute != NEVER,
         start=None if inputs.continue_from == NEW_LORA else read_lora(inputs.continue_from),
     )
-
-
-def noise_levels(inputs: SimpleNamespace) -> Tensor:
-    """The schedule that pictures will be drawn with: the connected one, KSampler's, or SamplerCustom's, which unlike
-    KSampler gives every sampler the same."""
-    if inputs.sigmas is not None:
-        return inputs.sigmas
-    if inputs.sampler is not None:
-        sampling = inputs.model.get_model_object("model_sampling")
-        return comfy.samplers.calculate_sigmas(sampling, inputs.scheduler, inputs.sampler_steps)
-    drawn_with = comfy.samplers.KSampler(
-        inputs.model, inputs.sampler_steps, torch.device("cpu"), inputs.sampler_name, inputs.scheduler
-    )
-    return drawn_with.sigmas
 
 
 class Progress:

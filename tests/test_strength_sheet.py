@@ -61,6 +61,26 @@ def test_every_latent_of_the_batch_is_a_row(lab, sheet):
     assert not torch.equal(pictures[0], pictures[2])
 
 
+def test_connected_sigmas_and_sampler_win(lab, sheet):
+    """As a LoRA is drawn that was trained with them: SamplerCustom behind LoRA Apply."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    from dual_process.nodes.lora import ApplyLoRA
+
+    sigmas = torch.tensor([1.0, 0.7, 0.2, 0.0])
+    connected = {"sigmas": sigmas, "sampler": comfy.samplers.sampler_object("dpmpp_2m")}
+    given, output = sheet(**connected)
+    applied = ApplyLoRA.execute(given["model"], given["lora_name"], 1.0, given["lora"]).result[0]
+    conditionings = given["positive"], given["negative"]
+    drawn = SamplerCustom.execute(
+        applied, True, given["seed"], given["cfg"], *conditionings, connected["sampler"], sigmas, given["latent"]
+    )
+    assert torch.equal(output.result[1][2], given["vae"].decode(drawn.result[0]["samples"])[0])
+    assert not torch.equal(output.result[1][2], sheet(sampler=connected["sampler"])[1].result[1][2])
+    assert not torch.equal(output.result[1][2], sheet(sigmas=sigmas)[1].result[1][2])
+
+
 def test_without_a_negative_only_cfg_1(sheet):
     with pytest.raises(ValueError, match="no negative conditioning"):
         sheet(negative=None)

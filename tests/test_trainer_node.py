@@ -82,24 +82,22 @@ def test_a_run_that_fails_says_why_also_if_its_lora_cannot_be_saved(trainer, lab
 
 
 @pytest.mark.parametrize("name", ["euler", "dpm_2", "uni_pc"])
-def test_the_schedule_is_that_of_ksampler(trainer, name, monkeypatch):
+def test_the_schedule_is_that_of_ksampler(lab, name, monkeypatch):
     """It leaves a noise level out for some samplers; SamplerCustom does not."""
     import comfy.samplers
 
     import nodes
-    from dual_process.tests import architectures as lab
+    from dual_process.trainers.noise_levels import noise_levels
 
     model, given = lab.build_model("SD3"), []
     monkeypatch.setattr(comfy.samplers, "sample", lambda *args, **_: given.append(args[7]) or args[1])
     prompt = lab.build_conditioning("SD3")
     nodes.common_ksampler(model, 1, 4, 1.0, name, "simple", prompt, prompt, lab.build_latent("SD3"))
-    inputs = SimpleNamespace(
-        model=model, sigmas=None, sampler=None, sampler_name=name, scheduler="simple", sampler_steps=4
-    )
-    assert torch.equal(trainer.noise_levels(inputs), given[0])
-    inputs.sampler = comfy.samplers.sampler_object(name)
+    assert torch.equal(noise_levels(model, 4, name, "simple"), given[0])
     plain = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
-    assert torch.equal(trainer.noise_levels(inputs), plain)
+    connected = comfy.samplers.sampler_object(name)
+    assert torch.equal(noise_levels(model, 4, "euler", "simple", connected), plain)
+    assert noise_levels(model, 4, "euler", "simple", connected, sigmas=given[0]) is given[0]
 
 
 NOTHING = "Held-out seeds: 50%; no look was better than the first, so the LoRA is what it was before.", ""
