@@ -214,8 +214,9 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
 
 
 class Progress:
-    """Shows a run on the trainer's node: progress bar, live picture, one line of text and a ``dual_process.progress``
-    event ``{node, step, steps, loss, scores}`` for the front end.
+    """Shows a run on the trainer's node: progress bar, live pictures (above the last look's, which are always of the
+    same seeds, below what is trained on), one line of text and a ``dual_process.progress`` event ``{node, step, steps,
+    loss, scores}`` for the front end.
 
     All of it is handed to ComfyUI's server, which shrinks and encodes pictures on its own thread.
     """
@@ -228,16 +229,15 @@ class Progress:
         self.run: Run | None = None
 
     def __call__(self, run: Run, images: Tensor) -> None:
-        self.run, preview = run, None
+        self.run, preview, look = run, None, run.checks[-1]
         if time.monotonic() - self.shown > PREVIEW_SECONDS:
             self.shown = time.monotonic()
-            preview = ("JPEG", contact_sheet(images), 512)
+            preview = ("JPEG", contact_sheet(look.pictures, images), 512)
         step = len(run.loss) + run.skipped
         self.bar.update_absolute(step, self.steps, preview)
         server, scores = PromptServer.instance, run.scores[-1]
         event = {"node": self.node_id, "step": step, "steps": self.steps, "loss": run.loss[-1], "scores": scores}
         server.send_sync("dual_process.progress", event, server.client_id)
-        look = run.checks[-1]
         second = f", second judge {percent(look.second)}" if look.second else ""
         held_out = f"held-out seeds after step {look.step}: {percent(look.scores)}{second}"
         server.send_progress_text(
@@ -296,7 +296,8 @@ def percent(scores: list[float]) -> str:
     return ", ".join(f"{score:.0%}" for score in scores)
 
 
-def contact_sheet(images: Tensor, most: int = 4) -> Image.Image:
-    """The first pictures of a batch [B, 3, H, W] in 0..1, side by side."""
-    row = torch.cat(list(images[:most].clamp(0, 1)), dim=-1)
-    return Image.fromarray((row * 255).byte().permute(1, 2, 0).cpu().numpy())
+def contact_sheet(*batches: Tensor, most: int = 4) -> Image.Image:
+    """The first pictures of batches [B, 3, H, W] in 0..1, as many of each, a row for each."""
+    columns = min(most, *map(len, batches))
+    rows = torch.cat([torch.cat(list(batch[:columns].cpu().clamp(0, 1)), dim=-1) for batch in batches], dim=-2)
+    return Image.fromarray((rows * 255).byte().permute(1, 2, 0).numpy())

@@ -35,6 +35,7 @@ NODE_IDS = {
     "DualProcessGuideFromImage",
     "DualProcessBeforeAfterGuide",
 }
+JPEG = b"\xff\xd8\xff"  # how its files begin
 API_FORM = Path(__file__).parent / "api" / "teach.json"
 
 
@@ -192,7 +193,9 @@ def test_template_trains_shows_progress_and_saves(client, server, teach):
     assert [(step["step"], step["steps"]) for step in steps] == [(1, 3), (2, 3), (3, 3)]
     assert all(0 <= score <= 1 for step in steps for score in step["scores"])
     assert any(event["type"] == "progress" and event["data"]["node"] == trainer for event in events)
-    assert any(event["type"] == "binary" for event in events), "no live preview was sent"
+    frames = [event["data"] for event in events if event["type"] == "binary"]
+    sizes = {Image.open(io.BytesIO(one[one.index(JPEG) :])).size for one in frames if JPEG in one}
+    assert (512, 256) in sizes, "no live preview of two rows of four: held-out seeds above, what is trained on below"
     assert all(outputs[node_id]["images"] for node_id in nodes_of(graph, "PreviewImage"))
     with safe_open(server.base / "models" / "loras" / new, "pt") as file:
         story = json.loads(file.metadata()["dual_process"])
