@@ -22,7 +22,8 @@ from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
 PROMPT = "a landscape with two balls"
-BATCH, HELD_OUT, FIRST_SEED = 16, 64, 1_000_000_000
+BATCH, FIRST_SEED = 16, 1_000_000_000
+HELD_OUT, FEW = 256, 64  # pictures a row is measured on: of 64, one is 1.6 %
 # as the template "Teach the horizon" has it
 TEMPLATE = Settings(steps=180, learning_rate=1e-3, check_every=10, held=0.97)
 # as "Teach a palette" has it

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dual_process.benchmarks import guided
-from dual_process.benchmarks.bundled import ALL_CHANGES, BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.bundled import ALL_CHANGES, BATCH, FEW, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table, largest_change
 from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings
@@ -61,10 +61,10 @@ def main() -> None:
     arguments = parser.parse_args()
     table, laboratory = Table(arguments.json), Laboratory()
 
-    def teach(name: str, goals: dict[str, str], settings: Settings, keep=True, kind=MARGIN, batch=BATCH) -> None:
+    def teach(name: str, goals: dict[str, str], settings: Settings, keep=True, kind=MARGIN, **how) -> None:
         """One row, unless it is there already."""
         if name.startswith(arguments.only) and not table.has(name, settings.seed):
-            lesson = laboratory.teach(goals, settings, keep, kind, batch=batch)
+            lesson = laboratory.teach(goals, settings, keep, kind, **how)
             more = slider(laboratory, lesson, *goals) if name in SLID and settings.seed == 0 else {}
             table.add(name, settings.seed, lesson, goals, more)
 
@@ -85,7 +85,7 @@ def main() -> None:
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for about, answer in HARDER:
             changed = replace(TEMPLATES[about], steps=TEMPLATE.steps, **settings)
-            teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, **choices)
+            teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, count=FEW, **choices)
     guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
     guided.save_examples(table, laboratory)
     print(f"{summary(table.rows)}\n\n{guided.summary(table.rows)}")

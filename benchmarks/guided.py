@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import save_image
 
-from dual_process.benchmarks.bundled import TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.bundled import FEW, TEMPLATES, Laboratory, Lesson, share
 from dual_process.benchmarks.table import MEASURES, Table, largest_change
 from dual_process.demo.comfyui import PACK
 from dual_process.demo.lessons import FOLLOWING
@@ -103,7 +103,7 @@ def teach_all(table: Table, laboratory: Laboratory, only: str = "", seldom: bool
         if not name.startswith(only) or table.has(name, settings.seed):
             return None
         goal = Objective([question, Question(KEEP_QUESTION, keep=True)], MARGIN, TARGET)
-        return laboratory.learn(goal, settings, batch=BATCH)
+        return laboratory.learn(goal, settings, FEW, batch=BATCH)
 
     for seed, (name, kind, scene, guide) in itertools.product(range(1 if seldom else 3), guides(seldom)):
         if lesson := learn(name, Question(KINDS[kind].question, guide=guide), replace(SETTINGS[kind], seed=seed)):

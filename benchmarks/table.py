@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dual_process.benchmarks.bundled import Lesson, measured, save_sheet, share
+from dual_process.benchmarks.bundled import FEW, Lesson, measured, save_sheet, share
 from dual_process.demo.measure import DRIFT_METRICS
 from dual_process.tiny.oracles import holds, measure
 from dual_process.trainers.guards import largest_fault
@@ -44,7 +44,7 @@ class Table:
         self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
         if lesson.lora:
             save_file(lesson.lora, self.lora(name, seed))
-        save_sheet(lesson.after, self.file, f"{name} {seed}")
+        save_sheet(lesson.after[:FEW], self.file, f"{name} {seed}")
         print(json.dumps(self.rows[-1]), flush=True)
 
 
