@@ -32,10 +32,11 @@ class AskQuestion(io.ComfyNode):
                 io.Float.Input(
                     "weight",
                     default=1.0,
-                    min=0.01,
+                    min=0.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="How much this question counts beside the others in the chain.",
+                    tooltip="How much this question counts beside the others in the chain. 0: it is only watched. Its "
+                    "answer is shown and reported, but neither taught nor kept.",
                 ),
                 QuestionsType.Input("questions", optional=True, tooltip="Questions that come before this one."),
                 io.Boolean.Input(

@@ -65,7 +65,7 @@ def test_answers_that_a_judge_never_gives_are_found():
     assert never_answered(Chatty(), torch.zeros(2, 3, 4, 4), asked) == [asked[1]]
 
 
-@pytest.mark.parametrize("bad", [dict(text=" "), dict(text="Warm?", answer=""), dict(text="Warm?", weight=0.0)])
+@pytest.mark.parametrize("bad", [dict(text=" "), dict(text="Warm?", answer=""), dict(text="Warm?", weight=-0.5)])
 def test_bad_questions_are_refused(bad):
     with pytest.raises(ValueError):
         Question(**bad)

@@ -195,3 +195,5 @@ def test_ranking_puts_the_best_first_and_stops_when_told(judges):
 
     with pytest.raises(InterruptedError):
         rank(judge, images, asked, stop)
+    with pytest.raises(ValueError, match="weight 0"):
+        rank(judge, images, [Question("Warm?", weight=0.0)], lambda: None)

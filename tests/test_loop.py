@@ -465,6 +465,19 @@ def test_a_question_to_keep_pushes_only_when_it_got_worse():
         Objective(kept[1:])
 
 
+def test_a_question_of_weight_0_is_asked_and_nothing_is_done_about_it():
+    watched = [Question("Is it bright?"), Question("Is it a picture?", "No", weight=0.0)]
+    images = torch.full((1, 3, 2, 2), 0.625).requires_grad_()
+    both, scores = Objective(watched)(BrightnessJudge(), images)
+    alone, (score,) = Objective(watched[:1])(BrightnessJudge(), images)
+    assert both.item() == alone.item() and scores.tolist() == [[score.item(), pytest.approx(1 - score.item())]]
+    gradients = [torch.autograd.grad(loss, images)[0] for loss in (both, alone)]
+    assert torch.equal(*gradients)
+    assert Objective(watched).start_from([0.5, 0.5]).standing([0.99, 0.01]) == 0.99
+    with pytest.raises(ValueError, match="only watched"):
+        Objective(watched[1:])
+
+
 def test_standing_is_the_worst_question():
     objective = Objective([Question("a"), Question("b"), Question("c", keep=True)]).start_from([0.1, 0.2, 0.8])
     assert objective.standing([0.9, 0.7, 0.8]) == 0.7

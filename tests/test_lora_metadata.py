@@ -56,8 +56,8 @@ def test_the_file_says_what_it_is_and_how_it_came_to_be(lab, tmp_path):
 
     story = json.loads(header["dual_process"])
     assert story["version"] == VERSION
-    asked = {"text": "Is it night?", "answer": "No", "weight": 2.0, "keep": False, "guide": None}
-    assert story["questions"][1] == asked
+    asked = {"text": "Is it night?", "answer": "No", "weight": 2.0, "keep": False}
+    assert story["questions"][1] == {**asked, "role": "teach", "guide": None}
     assert story["prompt_texts"] == ["a line", "night"]
     assert (story["prompts"], story["steps_done"], story["kept_step"], story["alpha"]) == (3, 2, 2, 8.0)
     assert (story["judge"], story["model"]) == ("tiny random judge", "SDXL")

@@ -52,10 +52,10 @@ def told(lab):
     from dual_process.trainers.report import Report
     from dual_process.vlm.question import Question
 
-    def report(second=False, **settings):
+    def report(second=False, asked=(), **settings):
         student, judge = lab.build_student("SD3"), lab.build_judge()
         judge.judge.name = "judge <1>"
-        asked = [Question(TEXT), Question("Is it night?", "No", weight=2.5, keep=True)]
+        asked = [Question(TEXT), Question("Is it night?", "No", weight=2.5, keep=True), *asked]
         goal = Objective(asked)
         settings = Settings(**{"steps": 3, "check_every": 1, "check_seeds": 2, "held": 1.1, **settings})
         other = judge.judge if second else None
@@ -89,6 +89,17 @@ def test_the_page_is_whole_loads_nothing_and_tells_what_happened(told):
         assert f"{judge[1]:.1%}" in read.text
     assert f"seed {2**31}, prompt 1" in read.text and f"seed {2**31 + 1}, prompt 1" in read.text
     assert read.tags.count("circle") == 2 * 2 * 4, "two judges, two questions, looks at steps 0 to 3"
+
+
+def test_what_is_only_watched_is_told_but_is_not_what_was_taught(told):
+    from dual_process.trainers.report import page
+    from dual_process.vlm.question import Question
+
+    run, report = told(asked=[Question("Is there a sun?", weight=0.0)])
+    read = Page(page(report))
+    assert report.title == f"{TEXT} Yes" == report.header["modelspec.title"]
+    for words in ("Is there a sun?", "watch", f"{run.checks[-1].scores[2]:.1%}"):
+        assert words in read.text, words
 
 
 def test_one_judge_and_a_run_without_a_step(told):

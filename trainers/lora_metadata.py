@@ -10,7 +10,7 @@ from importlib.metadata import version
 import comfyui_version
 import torch
 
-from ..vlm.question import Question
+from ..vlm.question import TEACH, Question
 from .dual_process import Run, Settings
 from .lora_file import VERSION
 from .memory_plan import MemoryPlan
@@ -57,7 +57,7 @@ def metadata(
     rank = adapter.A.shape[0]
     model_class = type(student.model.model.model_config).__name__
     base, architecture = BASES.get(model_class, (model_class.lower(), model_class.lower()))
-    taught = [question for question in objective.questions if not question.keep]
+    taught = [question for question in objective.questions if question.role == TEACH]
     title = "; ".join(f"{question.text} {question.answer}" for question in taught)
     height, width = run.checks[-1].pictures.shape[-2:]
     return {
@@ -145,4 +145,5 @@ def _story(
 
 def _asked(question: Question) -> dict:
     """A question and how its guide was shown; drawings by their numbers, pictures by their fingerprints."""
-    return {**asdict(replace(question, guide=None)), "guide": question.guide and question.guide.story()}
+    guide = question.guide and question.guide.story()
+    return {**asdict(replace(question, guide=None)), "role": question.role, "guide": guide}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..vlm.answers import log_odds
 from ..vlm.overlay import BeforeAfter
-from ..vlm.question import Question
+from ..vlm.question import KEEP, TEACH, WATCH, Question
 
 LIKELIHOOD = "answer likelihood"
 MARGIN = "answer margin"
@@ -27,10 +27,11 @@ class Objective:
     ``answer margin`` applies to Yes/No questions: ``relu(logit target - (log P(wanted) - log P(other)))``. It also
     cancels the judge's leaning to one answer. Other answers have no opposite: they go up to the target instead.
 
-    A question to keep pushes only as long as its answer is less likely than before training and than the target.
+    A question to keep pushes only as long as its answer is less likely than before training and than the target; one of
+    weight 0 never does.
 
     Args:
-        questions: at least one that is not to keep; weights are relative.
+        questions: at least one to teach; weights are relative.
         kind: ``LIKELIHOOD``, ``TARGET`` or ``MARGIN``.
         target: probability, between 0 and 1, at which an answer counts as won; 0.982 are log-odds of 4.
         before: scores of all questions before training, see ``start_from``; empty: nothing is known of it.
@@ -46,8 +47,10 @@ class Objective:
     def __post_init__(self):
         if not self.questions:
             raise ValueError("No question is connected. Add a Question node and connect it to the trainer.")
-        if all(question.keep for question in self.questions):
-            raise ValueError("Every question is one to keep. Add a Question with 'keep' off: what is to be taught.")
+        if not any(question.role == TEACH for question in self.questions):
+            raise ValueError(
+                "No question teaches: each is one to keep or only watched (weight 0). Add a Question with 'keep' off."
+            )
 
     def start_from(self, scores: list[float]) -> Objective:
         """The same objective, knowing that the questions had these scores before training."""
@@ -84,14 +87,15 @@ class Objective:
     def _goal(self, i: int, scale: Callable[[Tensor], Tensor], won: float) -> float:
         """Where question ``i`` stops pushing, on the loss's own scale: at ``won``, a probability, or, if it is to keep,
         where it was before training if that is less."""
-        if self.questions[i].keep and self.before:
+        if self.questions[i].role == KEEP and self.before:
             won = min(won, self.before[i])
         return scale(torch.tensor(won, dtype=torch.float64)).item()
 
     def standing(self, scores: list[float]) -> float:
-        """How well the worst question does, 0..1: its score, or the share that is left of the score to keep."""
+        """How well the worst question does, 0..1: its score, or the share that is left of the score to keep; what is
+        only watched is left out."""
         shares = list(scores)
         for i, question in enumerate(self.questions):
-            if question.keep and self.before:
+            if question.role == KEEP and self.before:
                 shares[i] = 1.0 if scores[i] >= self.before[i] else scores[i] / self.before[i]
-        return min(shares)
+        return min(share for share, question in zip(shares, self.questions) if question.role != WATCH)

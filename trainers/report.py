@@ -13,6 +13,7 @@ from html import escape
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..vlm.question import TEACH
 from .dual_process import Run
 from .guards import NOTICEABLE, RELATIVE, faults, warning
 from .looks import CHECK_SEEDS
@@ -62,8 +63,8 @@ class Report:
 
     @property
     def title(self) -> str:
-        """What was taught; what had only to stay is left out."""
-        return "; ".join(f"{q['text']} {q['answer']}" for q in self.story["questions"] if not q["keep"])
+        """What was taught; what had only to stay, or was watched, is left out."""
+        return "; ".join(f"{q['text']} {q['answer']}" for q in self.story["questions"] if q["role"] == TEACH)
 
     @property
     def last_step(self) -> int:
@@ -175,7 +176,7 @@ def _tiles(report: Report) -> str:
     """The question taught that is least certain in the end, for each judge, in large numbers."""
     tiles = []
     for number, (judge, _, _) in enumerate(report.judged(0)):
-        pairs = [report.judged(n)[number][1:] for n, q in enumerate(report.story["questions"]) if not q["keep"]]
+        pairs = [report.judged(n)[number][1:] for n, q in enumerate(report.story["questions"]) if q["role"] == TEACH]
         before, after = min(pairs, key=lambda pair: pair[1])
         role = ("judge", "second judge, never trained against")[number]
         least = ", the question it is least sure of" if len(pairs) > 1 else ""
@@ -195,13 +196,13 @@ def _questions(report: Report) -> str:
             question["text"],
             question["answer"],
             f"{question['weight']:g}",
-            "keep" if question["keep"] else "teach",
+            question["role"],
             _told(question["guide"]) if question["guide"] else "none",
             *(f"{before:.1%} → {after:.1%}" for _, before, after in report.judged(n)),
         ]
         for n, question in enumerate(report.story["questions"])
     ]
-    return _table(["question", "wanted", "weight", "is to", "guide", *judges], rows, swatch=True)
+    return _table(["question", "wanted", "weight", "is there to", "guide", *judges], rows, swatch=True)
 
 
 def _changes(report: Report) -> str:

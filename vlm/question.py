@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from .overlay import Guide
 
+TEACH, KEEP, WATCH = "teach", "keep", "watch"
 _CLOSED = {"yes": "no", "no": "yes"}
 
 
@@ -16,12 +17,12 @@ class Question:
     Args:
         text: the question, as a user would type it.
         answer: the wanted answer; any text, "No" included.
-        weight: share of this question in the loss, greater than 0.
+        weight: share of this question in the loss. 0 only watches: it is asked, and nothing is done about the answer.
         keep: the answer has to stay as likely as it was before training; it is not taught.
         guide: what is shown over or beside the picture; None for the picture alone.
 
     Raises:
-        ValueError: the text or the answer is empty, or the weight is not positive.
+        ValueError: the text or the answer is empty, or the weight is negative.
     """
 
     text: str
@@ -35,8 +36,15 @@ class Question:
             raise ValueError("The question is empty: type what the judge is to be asked.")
         if not self.answer.strip():
             raise ValueError(f'The wanted answer to "{self.text}" is empty: type a word, for example Yes.')
-        if not self.weight > 0:
-            raise ValueError(f'The weight of "{self.text}" is {self.weight}: it must be greater than 0.')
+        if not self.weight >= 0:
+            raise ValueError(f'The weight of "{self.text}" is {self.weight}: it must be 0 or greater.')
+
+    @property
+    def role(self) -> str:
+        """What the question is for: one of ``TEACH``, ``KEEP`` and ``WATCH``."""
+        if self.weight == 0:
+            return WATCH
+        return KEEP if self.keep else TEACH
 
     @property
     def pictures(self) -> int:

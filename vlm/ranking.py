@@ -34,7 +34,13 @@ def rank(
         scores: ``[B, Q]``, 0..1, as the trainer's with the answer margin: for Yes and No the probability of the
             wanted one against the other, else that of the answer (geometric mean over its tokens).
         means: ``[B]`` weighted mean of the scores.
+
+    Raises:
+        ValueError: no question has a weight.
     """
+    weights = torch.tensor([question.weight for question in questions])
+    if not weights.any():
+        raise ValueError("Every question has the weight 0, by which nothing can be sorted: give one a weight.")
     rows = []
     for shown in beside(reference, pictures):
         log_p, odds = log_odds(judge, [picture[None] for picture in shown], questions)
@@ -42,7 +48,6 @@ def rank(
         rows.append(torch.stack(of_each, dim=1).cpu())
         after_each()
     scores = torch.cat(rows)
-    weights = torch.tensor([question.weight for question in questions])
     means = (scores * weights).sum(dim=1) / weights.sum()
     return means.sort(descending=True, stable=True).indices, scores, means
 
