@@ -12,23 +12,22 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from dual_process.demo.comfyui import PACK, use_comfyui
+from dual_process.demo.lessons import TINY, TINY_COLOURS, TINY_PROMPT
+from dual_process.demo.measure import share
 from dual_process.tiny.oracles import holds, measure
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 from dual_process.tiny.scenes import SIDE
-from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings, train
+from dual_process.trainers.dual_process import Run, Settings, train
 from dual_process.trainers.guards import changes
 from dual_process.trainers.objective import MARGIN, Objective
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
-PROMPT = "a landscape with two balls"
 BATCH, FIRST_SEED = 16, 1_000_000_000
 HELD_OUT, FEW = 256, 64  # pictures a row is measured on: of 64, one is 1.6 %
-# as the template "Teach the horizon" has it
-TEMPLATE = Settings(steps=180, learning_rate=1e-3, check_every=10, held=0.97)
-# as "Teach a palette" has it
-ALL_CHANGES = {"anchor": 0.1, "learn_at": EARLY_STEPS, "drift_limit": 0.35}
-COLOURS = replace(TEMPLATE, **ALL_CHANGES, steps=300, judge_noise=0.05)
+RANK = TINY.training["rank"]
+TEMPLATE = Settings(**{name: value for name, value in TINY.training.items() if name != "rank"})
+COLOURS = replace(TEMPLATE, **TINY_COLOURS)
 TEMPLATES = {"horizon": TEMPLATE, "palette": COLOURS, "line": TEMPLATE, "depth": TEMPLATE}
 
 
@@ -75,7 +74,7 @@ class Laboratory:
 
     def student(
         self,
-        prompts=(PROMPT,),
+        prompts=(TINY_PROMPT,),
         loras=(),
         sampler_steps: int = 4,
         batch: int = BATCH,
@@ -97,7 +96,8 @@ class Laboratory:
         conditionings = [nodes.CLIPTextEncode().encode(self.clip, text)[0] for text in prompts]
         latent = {"samples": torch.zeros(batch, 16, side // 8, side // 8)}
         sampler = comfy.samplers.sampler_object("euler")
-        return ComfyStudent(model, self.vae, conditionings, None, latent, sigmas, sampler, rank=8, alpha=8.0, seed=seed)
+        lora = {"rank": RANK, "alpha": float(RANK), "seed": seed}
+        return ComfyStudent(model, self.vae, conditionings, None, latent, sigmas, sampler, **lora)
 
     def draw(self, loras=(), count: int = HELD_OUT, **how) -> Tensor:
         """Held-out pictures [count, 3, H, W] of the model with these LoRAs; ``how`` as in ``student``."""
@@ -151,11 +151,6 @@ def measured(before: Tensor, after: Tensor, about: str, answer: str) -> dict:
         "readable": share(measure(after)["readable"]),
         "changes": changes(before[had], after),
     }
-
-
-def share(flags: Tensor) -> float:
-    """Mean of a boolean tensor, 0..1."""
-    return flags.float().mean().item()
 
 
 def save_sheet(pictures: Tensor, beside: Path, name: str) -> None:

@@ -24,7 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, save_sheet, share
+from dual_process.benchmarks.bundled import BATCH, TEMPLATE, TEMPLATES, Laboratory, Lesson, save_sheet
+from dual_process.benchmarks.markdown import table_of
+from dual_process.demo.measure import share
 from dual_process.tiny.oracles import holds
 from dual_process.tiny.questions import KEEP_QUESTION
 from dual_process.tiny.scenes import SIDE
@@ -119,15 +121,15 @@ def table(results: list[dict]) -> str:
     """Markdown: means over rows of what each judge (and the oracle) says of each way of drawing."""
     judges = list(dict.fromkeys(name for result in results for name in result[WAYS[0]]))
     columns = [f"share of pictures as wanted, {len(results)} rows", *judges]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for way in WAYS:
         means = []
         for judge in judges:
             shares = [result[way][judge] for result in results if judge in result[way]]
             means.append(f"{sum(shares) / len(shares):.1%}")
-        lines.append(f"| {way} | {' | '.join(means)} |")
-    lines.append(f"\n{sum(bool(result['warning']) for result in results)} of {len(results)} rows carry a warning.")
-    return "\n".join(lines)
+        lines.append([way, *means])
+    warned = sum(bool(result["warning"]) for result in results)
+    return f"{table_of(columns, lines)}\n\n{warned} of {len(results)} rows carry a warning."
 
 
 if __name__ == "__main__":

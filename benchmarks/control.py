@@ -14,12 +14,16 @@ import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 from safetensors.torch import load_file
 
 from dual_process.benchmarks import guided
-from dual_process.benchmarks.bundled import ALL_CHANGES, BATCH, FEW, TEMPLATE, TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.bundled import BATCH, FEW, TEMPLATE, TEMPLATES, Laboratory, Lesson
+from dual_process.benchmarks.markdown import table_of
 from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table, largest_change
+from dual_process.demo.lessons import ALL_CHANGES
+from dual_process.demo.measure import share
 from dual_process.tiny.oracles import measure
 from dual_process.trainers.dual_process import EARLY_STEPS, Run, Settings
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN
@@ -40,7 +44,7 @@ WITHOUT = {
     "without the running average": {"average": 0.0},
     "without clipping": {"clip": math.inf},
     "without going back when pictures drift": {"drift_limit": 0.0},
-    "without stop or lower rate when held": {"held": math.inf},
+    "without stop or lower rate when held": {"stop_at": math.inf},
     "without looks at held-out seeds": {"check_every": 0},
     "without a target": {"kind": LIKELIHOOD},
     "without the question to keep": {"keep": False},
@@ -96,7 +100,7 @@ def summary(rows: list[dict]) -> str:
     of luminance, saturation, edges, colour entropy of any seed, drift is the largest of any look, where it is known.
     Rows of guides have a table of their own."""
     columns = "taught, has it, worst seed, clean, largest guard change, diversity, drift of looks, steps".split(", ")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
         found = [value for row in seeds for value in row.values() if isinstance(value, dict) and "oracle" in value]
@@ -107,12 +111,9 @@ def summary(rows: list[dict]) -> str:
         diversity = min(one["changes"]["diversity"] for one in found)
         drifts = [row["drift"] for row in seeds if row.get("drift") is not None]
         drift = f"{max(drifts):.0%}" if drifts else "-"
-        steps = sum(row["steps"] for row in seeds) / len(seeds)
-        lines.append(
-            f"| {name} | {sum(oracle) / len(oracle):.1%} | {min(oracle):.1%} | {sum(clean) / len(clean):.1%} "
-            f"| {changed} | {diversity:+.0%} | {drift} | {steps:.0f} |"
-        )
-    return "\n".join(lines)
+        has = [f"{mean(oracle):.1%}", f"{min(oracle):.1%}", f"{mean(clean):.1%}"]
+        lines.append([name, *has, changed, f"{diversity:+.0%}", drift, f"{mean(row['steps'] for row in seeds):.0f}"])
+    return table_of(columns, lines)
 
 
 def slider(laboratory: Laboratory, lesson: Lesson, about: str) -> dict:

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.utils import save_image
 
-from dual_process.benchmarks.bundled import FEW, TEMPLATES, Laboratory, Lesson, share
+from dual_process.benchmarks.bundled import FEW, TEMPLATES, Laboratory, Lesson
+from dual_process.benchmarks.markdown import table_of
 from dual_process.benchmarks.table import MEASURES, Table, largest_change
 from dual_process.demo.comfyui import PACK
 from dual_process.demo.lessons import FOLLOWING
+from dual_process.demo.measure import share
 from dual_process.tiny import scenes
 from dual_process.tiny.oracles import measure
 from dual_process.tiny.pairs import COMPARISONS
@@ -44,7 +46,7 @@ GUIDES: dict[str, tuple[Callable[[Tensor, float], Drawing], tuple[float, ...]]] 
 }
 MOVED = {"horizon": 0.04, "palette": 0.1, "line": 0.3}  # what counts as different, in the oracle's units
 TARGET = FOLLOWING["target"]
-FOLLOWED = {"held": FOLLOWING["stop_at"], **{name: FOLLOWING[name] for name in ("drift_limit", "learn_at")}}
+FOLLOWED = {name: FOLLOWING[name] for name in ("stop_at", "drift_limit", "learn_at")}
 SETTINGS = {name: replace(TEMPLATES[KINDS[name].about], **FOLLOWED) for name in GUIDES}
 COMPARED = {about: replace(TEMPLATES[about], **FOLLOWED) for about in COMPARISONS}
 
@@ -140,8 +142,7 @@ def summary(rows: list[dict]) -> str:
         "guide, targets, means after, distance before, after, less by, worst seed, correlation, worst seed, clean, "
         "largest change, diversity"
     )
-    columns = columns.split(", ")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for kind in GUIDES:
         found = [row for row in rows if row["row"].startswith(f"guide, {kind} ") and "error" in row["after"]]
         seeds = [[row for row in found if row["seed"] == seed] for seed in sorted({row["seed"] for row in found})]
@@ -157,21 +158,21 @@ def summary(rows: list[dict]) -> str:
         means = [mean(row["after"]["mean"] for row in found if row["target"] == target) for target in targets]
         clean = mean(row["after"]["readable"] for row in found)
         listed = (", ".join(f"{value:.2f}" for value in values) for values in (targets, means))
-        lines.append(
-            f"| {kind} | {' | '.join(listed)} | {before:.3f} | {after:.3f} | {mean(less):.0%} | {min(less):.0%} "
-            f"| {mean(follows):.2f} | {min(follows):.2f} | {clean:.1%} | {guarded(found)} |"
-        )
+        distances = [f"{before:.3f}", f"{after:.3f}", f"{mean(less):.0%}", f"{min(less):.0%}"]
+        follow = [f"{mean(follows):.2f}", f"{min(follows):.2f}"]
+        lines.append([kind, *listed, *distances, *follow, f"{clean:.1%}", *guarded(found)])
+    values = table_of(columns.split(", "), lines)
     columns = "before and after, moved by, moved enough (of clean pairs), worst seed, clean, worst seed, steps, "
-    columns = f"{columns}largest change, diversity".split(", ")
-    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    columns = f"{columns}largest change, diversity"
+    lines = []
     for about in COMPARISONS:
         found = [row for row in rows if row["row"] == f"before and after, {about}" and "mean" in row["moved"]]
         if found:
             by, enough, clean = ([row["moved"][key] for row in found] for key in ("mean", "moved", "readable"))
-            shares = " | ".join(f"{mean(one):.1%} | {min(one):.1%}" for one in (enough, clean))
+            shares = [f"{value:.1%}" for one in (enough, clean) for value in (mean(one), min(one))]
             steps = mean(row["steps"] for row in found)
-            lines.append(f"| {about} | {mean(by):+.2f} | {shares} | {steps:.0f} | {guarded(found)} |")
-    return "\n".join(lines)
+            lines.append([about, f"{mean(by):+.2f}", *shares, f"{steps:.0f}", *guarded(found)])
+    return f"{values}\n\n{table_of(columns.split(', '), lines)}"
 
 
 def correlation(rows: list[dict]) -> float:
@@ -180,7 +181,7 @@ def correlation(rows: list[dict]) -> float:
     return torch.corrcoef(torch.tensor(pairs).T)[0, 1].item()
 
 
-def guarded(rows: list[dict]) -> str:
+def guarded(rows: list[dict]) -> tuple[str, str]:
     """The largest change of any row against base, whatever was asked for, and of diversity."""
     found = [row["changes"] for row in rows]
-    return f"{largest_change(found)} | {min(one['diversity'] for one in found):+.0%}"
+    return largest_change(found), f"{min(one['diversity'] for one in found):+.0%}"

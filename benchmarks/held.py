@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from dual_process.benchmarks.bundled import BATCH, TEMPLATES, Laboratory, share
+from dual_process.benchmarks.bundled import BATCH, TEMPLATES, Laboratory
 from dual_process.benchmarks.control import PUBLISHED
 from dual_process.benchmarks.ways import machine
+from dual_process.demo.measure import share
 from dual_process.tiny.oracles import holds, measure
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 from dual_process.trainers.dual_process import Run, Settings, train
@@ -29,7 +30,7 @@ from dual_process.trainers.objective import LIKELIHOOD, MARGIN, Objective
 from dual_process.vlm.question import Question
 
 ENOUGH = 0.9
-NEVER = {"held": math.inf, "drift_limit": 0.0}
+NEVER = {"stop_at": math.inf, "drift_limit": 0.0}
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TAUGHT = ("horizon Yes", "palette No", "line No", "depth Yes")
 

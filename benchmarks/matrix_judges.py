@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
+from dual_process.benchmarks.markdown import put_between_marks, table_of
 from dual_process.tests import vlm_families
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.loading import load_judge
 from dual_process.vlm.processing import PIXEL_TOLERANCE
 from dual_process.vlm.question import Question
 
-BEGIN, END = "<!-- judges -->", "<!-- /judges -->"
 SIZES = ((40, 64), (64, 64), (90, 52))
 LINE, WARM = "Is the line thick?", "Are the colours of this picture warm?"
 LONG = Question(LINE, "maybe definitely")
@@ -188,25 +188,15 @@ def table(rows: list[dict]) -> str:
     """The rows as a Markdown table, one column for each version of transformers among them."""
     versions = sorted({row["transformers"] for row in rows}, reverse=True)
     heads = ["family", "class", *(f"transformers {version}" for version in versions), "one look", "note"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for name in dict.fromkeys(row["name"] for row in rows):
         ran = {row["transformers"]: row for row in rows if row["name"] == name}
         kind = next((f"`{row['class']}`" for row in ran.values() if row["class"]), "-")
         works = [("yes" if ran[version]["ok"] else "no") if version in ran else "-" for version in versions]
         look = "yes" if any(row["one_look"] for row in ran.values()) else "no"
         notes = dict.fromkeys(row["why"] for row in ran.values() if row["why"])
-        lines.append("| " + " | ".join([name, kind, *works, look, " ".join(notes)]) + " |")
-    return "\n".join(lines)
-
-
-def write_table(readme: Path, rows: list[dict]) -> None:
-    """Put the table between the two marks in a Markdown file; raises ValueError when they are not there."""
-    text = readme.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError(f"{readme} has no place for the table: put the lines {BEGIN} and {END} into it.")
-    readme.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
+        lines.append([name, kind, *works, look, " ".join(notes)])
+    return table_of(heads, lines)
 
 
 def main() -> None:
@@ -227,7 +217,7 @@ def main() -> None:
     rows += [row for other in arguments.also for row in json.loads(other.read_text(encoding="utf-8"))]
     print(table(rows))
     if arguments.readme:
-        write_table(arguments.readme, rows)
+        put_between_marks(arguments.readme, "judges", table(rows))
 
 
 if __name__ == "__main__":

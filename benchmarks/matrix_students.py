@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from dual_process.benchmarks.markdown import put_between_marks, table_of
 from dual_process.demo.comfyui import use_comfyui
 from dual_process.tests.gradients import give_lora_a_value, picture_to_lora_ratio
 
 TOLERANCE = 0.01  # of the gradient
-BEGIN, END = "<!-- students -->", "<!-- /students -->"
 
 
 def finite_difference(lab, name: str, checkpointed: bool) -> float:
@@ -82,8 +82,8 @@ def table(rows: list[dict]) -> str:
     versions = list(dict.fromkeys(row["comfyui"] for row in rows))
     of = {(row["name"], row["comfyui"]): row for row in rows}
     others = ["gradient error", "model untouched", "LoRA keys", "note"]
-    columns = [*(f"ComfyUI {version}" for version in versions), *others]
-    lines = [f"| architecture | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    columns = ["architecture", *(f"ComfyUI {version}" for version in versions), *others]
+    lines = []
     for name in dict.fromkeys(row["name"] for row in rows):
         examined = [of[name, version] for version in versions if (name, version) in of]
         errors = [abs(ratio - 1) for row in examined for ratio in row["finite_difference"].values()]
@@ -94,17 +94,8 @@ def table(rows: list[dict]) -> str:
             ", ".join(dict.fromkeys(row["keys_loaded"] for row in examined)),
             "; ".join(dict.fromkeys(row["why"] for row in examined if row["why"])),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def write_table(readme: Path, rows: list[dict]) -> None:
-    """Put the table between the two marks in a Markdown file; raises ValueError when they are not there."""
-    head, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError(f"{readme} has no place for the table: put the lines {BEGIN} and {END} into it.")
-    readme.write_text(f"{head}{begin}\n{table(rows)}\n{end}{tail}", encoding="utf-8")
+        lines.append([name, *cells])
+    return table_of(columns, lines)
 
 
 def main() -> None:
@@ -135,7 +126,7 @@ def main() -> None:
     rows += [row for other in arguments.also for row in json.loads(other.read_text(encoding="utf-8"))]
     print(table(rows))
     if arguments.readme:
-        write_table(arguments.readme, rows)
+        put_between_marks(arguments.readme, "students", table(rows))
 
 
 if __name__ == "__main__":

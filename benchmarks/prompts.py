@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dual_process.benchmarks.bundled import FIRST_SEED, TEMPLATE, Laboratory, save_sheet, share
+from dual_process.benchmarks.bundled import FIRST_SEED, TEMPLATE, Laboratory, save_sheet
+from dual_process.demo.measure import share
 from dual_process.tiny.oracles import holds, measure
 from dual_process.tiny.questions import KEEP_QUESTION, QUESTIONS
 from dual_process.tiny.scenes import prompt_for

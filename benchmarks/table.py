@@ -8,12 +8,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dual_process.benchmarks.bundled import FEW, Lesson, measured, save_sheet, share
-from dual_process.demo.measure import DRIFT_METRICS
+from dual_process.benchmarks.bundled import FEW, Lesson, measured, save_sheet
+from dual_process.demo.measure import DRIFT_METRICS, share
 from dual_process.tiny.oracles import holds, measure
+from dual_process.tiny.scenes import PROPERTIES
 from dual_process.trainers.guards import largest_fault
 
-PROPERTIES = ("horizon", "palette", "line", "depth")
 MEASURES = {"horizon": "horizon", "palette": "warmth", "line": "line", "depth": "depth"}  # of the oracle
 
 

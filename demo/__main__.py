@@ -23,7 +23,6 @@ TEMPLATES = {
     "line": "Teach line weight",
     "depth": "Teach depth",
 }
-PROPERTIES = tuple(TEMPLATES)
 HELD_OUT_SEEDS = range(1_000_000_000, 1_000_000_032)  # far from any seed the trainer draws
 BAR_WIDTH = 32
 
@@ -153,7 +152,7 @@ def summary(report: dict, output: Path) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The demo's command line."""
     parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
-    parser.add_argument("--question", choices=PROPERTIES, default="horizon", help="what to teach")
+    parser.add_argument("--question", choices=TEMPLATES, default="horizon", help="what to teach")
     parser.add_argument("--answer", choices=["Yes", "No"], default="Yes", help="the answer the pictures should earn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
     parser.add_argument("--steps", type=int, help="training steps at most; the template's number when left out")

@@ -52,12 +52,12 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def use_comfyui(base: Path, comfyui: Path | None = None) -> None:
+def use_comfyui(base: Path) -> None:
     """Make `import comfy`, `import nodes` and the rest work in this process, with `base` as base directory.
 
     Must run before anything imports ComfyUI. Raises FileNotFoundError when no ComfyUI is found.
     """
-    sys.path.insert(0, str(comfyui or comfyui_folder()))
+    sys.path.insert(0, str(comfyui_folder()))
     make_base_directory(base)
     from comfy.cli_args import args
 
@@ -72,9 +72,9 @@ class ComfyServer:
     log when the server does not come up.
     """
 
-    def __init__(self, base: Path, log: Path, comfyui: Path | None = None):
+    def __init__(self, base: Path, log: Path):
         self.base, self.log = base, log
-        self.comfyui = comfyui or comfyui_folder()
+        self.comfyui = comfyui_folder()
         self.url = ""
         self._process: subprocess.Popen | None = None
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ..tiny.oracles import holds, measure
 from ..trainers.guards import look
+from ..trainers.sheet import grid
 from ..vlm.judge import Judge
 from ..vlm.question import Question
 
 DRIFT_METRICS = ("luminance", "saturation", "edge_density", "colour_entropy")
-SHEET_PAIRS, SHEET_COLUMNS, SHEET_SIDE, SHEET_GAP = 16, 4, 192, 8
+SHEET_PAIRS, SHEET_COLUMNS, SHEET_SIDE = 16, 4, 192
 
 
 def load_pictures(folder: Path, name: str) -> Tensor:
@@ -66,17 +67,12 @@ def evaluate(pictures: Path, judge: Judge, question: Question, about: str) -> di
 
 def comparison_sheet(pictures: Path) -> Image.Image:
     """Sixteen pairs, LoRA off on the left and on on the right, the same seed in each pair."""
-    pair_width, cell_height = 2 * SHEET_SIDE + 2, SHEET_SIDE + 3 * SHEET_GAP
-    width = SHEET_COLUMNS * (pair_width + SHEET_GAP) + SHEET_GAP
-    sheet = Image.new("RGB", (width, SHEET_PAIRS // SHEET_COLUMNS * cell_height + SHEET_GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for index in range(SHEET_PAIRS):
-        row, column = divmod(index, SHEET_COLUMNS)
-        for side, name in enumerate(("before", "after")):
-            picture = Image.open(pictures / f"{name}_{index:02}.png").convert("RGB")
-            x = SHEET_GAP + column * (pair_width + SHEET_GAP) + side * (SHEET_SIDE + 2)
-            y = SHEET_GAP + row * cell_height
-            draw.text((x, y - 2), f"{name} {index + 1}", fill="black", font=font)
-            large = picture.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BICUBIC)
-            sheet.paste(large, (x, y + 2 * SHEET_GAP))
-    return sheet
+
+    def large(name: str, index: int) -> Image.Image:
+        picture = Image.open(pictures / f"{name}_{index:02}.png").convert("RGB")
+        return picture.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BICUBIC)
+
+    names = ["before", "after"]
+    starts = range(0, SHEET_PAIRS, SHEET_COLUMNS)
+    rows = [[large(name, start + n) for n in range(SHEET_COLUMNS) for name in names] for start in starts]
+    return grid(rows, names * SHEET_COLUMNS)

@@ -10,7 +10,7 @@ from .workflow import widget_names
 TOP, LEFT = 120, 40  # the first node's corner
 GAP = 20  # around columns, and between a node and the next one's title bar
 TITLE_BAR, GROUP_TITLE = 30, 50
-SLOT, WIDGET, TEXT_LINE = 20, 24, 15  # px that ComfyUI's front end gives them
+SLOT, WIDGET, TEXT_LINE, LETTER = 20, 24, 15, 6.0  # px that ComfyUI's front end gives them
 PICTURE, CURVE, TEXT_PANEL = 236, 124, 64  # what is shown on nodes after a run; the panels are web/dual_process.js's
 SHOWN = {
     "DualProcessTrainer": CURVE + PICTURE,
@@ -97,13 +97,13 @@ class Sheet:
         height = 6 + SLOT * max(len(names) - len([name for name in widgets if name]), len(outputs)) + SHOWN.get(kind, 0)
         for name, value in zip(widgets, values):
             text = name and _options(declared[name]).get("multiline")
-            height += max(90, 20 + self._lines(value, 6.0)) if text else WIDGET
+            height += max(90, 20 + self._lines(value)) if text else WIDGET
         self._place(kind, title, height + (8 if widgets else 0), inputs, outputs, values, properties)
         return node_id
 
     def note(self, text: str, title: str = "Read me") -> None:
         """Put a note below the last node."""
-        self._place("MarkdownNote", title, 60 + self._lines(text, 6.0), [], [], [text], {}, NOTE_COLOURS)
+        self._place("MarkdownNote", title, 60 + self._lines(text), [], [], [text], {}, NOTE_COLOURS)
 
     def leave(self, height: int) -> None:
         """Leave free space below the last node."""
@@ -124,9 +124,9 @@ class Sheet:
             "version": 0.4,
         }
 
-    def _lines(self, text: str, letter: float) -> int:
-        """Height of a text in the column, with letters of this width."""
-        rows = sum(max(1, math.ceil(len(line) * letter / (self._width - GAP))) for line in text.splitlines())
+    def _lines(self, text: str) -> int:
+        """Height of a text in the column."""
+        rows = sum(max(1, math.ceil(len(line) * LETTER / (self._width - GAP))) for line in text.splitlines())
         return rows * TEXT_LINE
 
     def _connect(self, source: Out, node_id: int, slot: int) -> int:

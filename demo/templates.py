@@ -18,13 +18,12 @@ from typing import Any
 from PIL import Image
 
 from .client import ComfyClient
-from .comfyui import PACK, ComfyServer
+from .comfyui import ComfyServer
 from .lessons import TINY_GUIDED_LESSONS, WITH_A_GUIDE, Lesson, Models, file_name, lessons
 from .sheet import Out, Sheet
 from .thumbnails import pairs, ranking, sketch
-from .workflow import nodes_of, to_api
+from .workflow import FOLDER, nodes_of, to_api
 
-FOLDER = PACK / "example_workflows"
 LONGEST = 3600  # s that one may run
 TO_DRAW = "Prompt to draw"
 BLUE, GREEN, RED, VIOLET, ORANGE = "#3f789e", "#8A8", "#a33", "#a1309b", "#b06634"

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from .client import Graph
 from .comfyui import PACK
 
+FOLDER = PACK / "example_workflows"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOT_RUN = {"Note", "MarkdownNote"}
 
 
 def template_names() -> list[str]:
     """Names of all workflows of `example_workflows/`."""
-    return sorted(path.stem for path in (Path(PACK) / "example_workflows").glob("*.json"))
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def template(name: str) -> dict[str, Any]:
     """A workflow of `example_workflows/` in the front end's form."""
-    return json.loads((Path(PACK) / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def widget_names(node_info: dict[str, Any]) -> list[str | None]:

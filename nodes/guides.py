@@ -100,7 +100,7 @@ class LineWeightGuide(io.ComfyNode):
             node_id="DualProcessLineWeightGuide",
             display_name="Line Weight Guide",
             category=CATEGORY,
-            description="Draws a red stroke near the bottom of the picture, as thick as its lines shall be.",
+            description="Draws a red stroke near the bottom of the picture, as thick as its lines should be.",
             inputs=[
                 io.Float.Input(
                     "pixels", default=8.0, min=1.0, max=512.0, step=0.5, tooltip="Thickness in pixels of the picture."
@@ -116,7 +116,7 @@ class LineWeightGuide(io.ComfyNode):
 
 
 class DepthGuide(io.ComfyNode):
-    """Two marked places, of which one shall be nearer."""
+    """Two marked places, of which one should be nearer."""
 
     @classmethod
     def define_schema(cls):
@@ -124,7 +124,7 @@ class DepthGuide(io.ComfyNode):
             node_id="DualProcessDepthGuide",
             display_name="Depth Guide",
             category=CATEGORY,
-            description="Marks the points A and B on the picture; the question says which of them shall be nearer.",
+            description="Marks the points A and B on the picture; the question says which of them should be nearer.",
             inputs=[
                 _share("a_x", 0.3, "Point A from the left edge (0) to the right (1)."),
                 _share("a_y", 0.35, "Point A from the top edge (0) to the bottom (1)."),
@@ -141,7 +141,7 @@ class DepthGuide(io.ComfyNode):
 
 
 class CompositionGuide(io.ComfyNode):
-    """Areas or a sketch that say what shall be where."""
+    """Areas or a sketch that say what should be where."""
 
     @classmethod
     def define_schema(cls):
@@ -155,7 +155,7 @@ class CompositionGuide(io.ComfyNode):
                     "labels",
                     multiline=True,
                     default="",
-                    tooltip="What belongs into each masked area: one line per mask of the batch, in letters A to Z.",
+                    tooltip="What belongs in each masked area: one line per mask of the batch, in letters A to Z.",
                 ),
                 *_wording_and_showing(COMPOSITION_QUESTION),
                 io.Mask.Input(

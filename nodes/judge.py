@@ -31,7 +31,7 @@ class AskJudge(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 JudgeType.Input("judge", tooltip="From VLM Judge Loader."),
-                io.Image.Input("image", tooltip="One picture or a batch; each is asked about by itself."),
+                io.Image.Input("image", tooltip="One picture or a batch; each picture is asked about separately."),
                 io.String.Input(
                     "question",
                     multiline=True,

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..trainers.comfy_memory import ManagedJudge
 from ..vlm.download import download_judge, place_of
 from ..vlm.loading import ATTENTIONS, discover_adapters, discover_judges, load_judge
+from .refusal import refusal
 from .types import CATEGORY, JudgeType
 
 PACK = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def hub_judge(hub_id: str, download: bool) -> Path:
     """Folder of a model of the Hub inside models/VLM, downloaded now if wished; Cancel stops that.
 
     Raises:
-        ValueError: the id is none, or the model is not there and no download is wished.
+        ValueError: it is not a hub id, or the model is not there and no download is wished.
         ConnectionError: the download was cut off.
     """
     root = Path(folder_paths.models_dir) / "VLM"
@@ -58,13 +59,13 @@ def hub_judge(hub_id: str, download: bool) -> Path:
     return download_judge(hub_id, root, report)
 
 
-def below(found: dict[str, Path], name: str) -> tuple[Path, Path]:
+def folder_and_root(found: dict[str, Path], name: str) -> tuple[Path, Path]:
     """Folder of a listed model, and the models folder that nothing in it may link out of."""
     if name not in found:
         raise ValueError(
-            f"There is no '{name}' in models/VLM or models/LLM (any more): put its folder there, or choose another "
-            "(the tiny ones know nothing but the bundled model's pictures). A judge of the Hugging Face Hub can also "
-            "be named in hub_id, as owner/name."
+            f"There is no '{name}' in models/VLM or models/LLM, or it was moved: put its folder there, or choose "
+            "another (the tiny ones know nothing but the bundled model's pictures). A judge of the Hugging Face Hub "
+            "can also be named in hub_id, as owner/name."
         )
     return found[name], found[name].parents[name.count("/")]
 
@@ -111,8 +112,8 @@ class JudgeLoader(io.ComfyNode):
         download=False,
     ):
         hub_id = hub_id.strip()
-        folder, root = below({hub_id: hub_judge(hub_id, download)} if hub_id else judges(), hub_id or judge)
-        adapter, adapter_root = (None, None) if lora == NO_LORA else below(discover_adapters(roots()), lora)
+        folder, root = folder_and_root({hub_id: hub_judge(hub_id, download)} if hub_id else judges(), hub_id or judge)
+        adapter, adapter_root = (None, None) if lora == NO_LORA else folder_and_root(discover_adapters(roots()), lora)
         device = mm.get_torch_device()
         on_cpu = mm.is_device_cpu(device)
         if BITS[quantisation] is not None:  # bitsandbytes loads straight onto the device
@@ -139,12 +140,9 @@ class JudgeLoader(io.ComfyNode):
     def validate_inputs(cls, judge, hub_id=""):
         """ComfyUI itself would refuse an unlisted judge even where hub_id takes its place; what comes from another
         node is None here and checked later."""
-        if judge is not None and hub_id is not None and not hub_id.strip():
-            try:
-                below(judges(), judge)
-            except ValueError as error:
-                return str(error)
-        return True
+        if hub_id is None or hub_id.strip():
+            return True
+        return refusal(lambda name: folder_and_root(judges(), name), judge)
 
 
 def _further_inputs() -> list[io.Input]:

@@ -12,9 +12,10 @@ from ..trainers.diffusers_lora import to_diffusers
 from ..trainers.lora_beside import add_beside, split
 from ..trainers.lora_file import new_lora_path, save_lora
 from ..trainers.lora_fit import fit
+from .refusal import refusal
 from .types import CATEGORY, LoRAType
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 READABLE = (".safetensors", ".sft")  # ComfyUI lists pickles in models/loras as well
 FROM_TRAINER = "(the connected LoRA)"
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
@@ -37,7 +38,7 @@ def read_lora(name: str) -> dict[str, torch.Tensor]:
 
 def written_at(name: str | None) -> int | None:
     """When a file in models/loras was written, in ns: for ``fingerprint_inputs``, since ComfyUI's cache knows files by
-    their names alone. None for what is no file, and for a name that comes from another node, which is None itself."""
+    their names alone. None if there is no such file, or if another node gives the name, which is then None here."""
     path = None if name is None else folder_paths.get_full_path("loras", name)
     return None if path is None else Path(path).stat().st_mtime_ns
 
@@ -58,7 +59,7 @@ def lora_patches(model, lora_name: str, lora: dict[str, torch.Tensor] | None, no
     """ComfyUI's patches that the chosen LoRA holds for ``model``; what fits no layer is counted in the log.
 
     Args:
-        node: how the node is called in messages.
+        node: what the node is called in messages.
     Raises:
         ValueError: no LoRA is chosen, or nothing of it fits.
     """
@@ -70,7 +71,7 @@ def lora_patches(model, lora_name: str, lora: dict[str, torch.Tensor] | None, no
     patches, left_over = fit(lora, model.model, name)
     if left_over:
         model_class = type(model.model).__name__
-        logger.warning(
+        log.warning(
             "%s: %d of the %d tensors of %s fit no layer of %s, first '%s'; the others are applied.",
             node, len(left_over), len(lora), name, model_class, left_over[0],
         )  # fmt: skip
@@ -161,19 +162,13 @@ class SaveLoRA(io.ComfyNode):
             written = to_diffusers(lora) if format == DIFFUSERS else lora
         except ValueError as error:
             save_lora(lora, path)  # hours of training may be in it, and a file in the other format is worth them
-            raise ValueError(f"{error} That was done now, so that it is not lost: it is saved as {name}.") from error
+            raise ValueError(f"{error} So that nothing is lost, it was saved in that format as {name}.") from error
         save_lora(written, path)
         ups = [tensor for key, tensor in lora.items() if key.endswith(".lora_B.weight")]
         blank = bool(ups) and not any(map(torch.any, ups))
-        said = ". It changes nothing: training brought nothing that was better than before" if blank else ""
+        said = ". It changes nothing: no look was better than the first" if blank else ""
         return io.NodeOutput(name, ui={"text": [f"Saved as {name}{said}"]})
 
     @classmethod
     def validate_inputs(cls, filename_prefix):
-        """Before anything runs, and so before the training; another node's prefix is None here and checked later."""
-        if filename_prefix is not None:
-            try:
-                new_lora_path(loras_folder(), filename_prefix)
-            except ValueError as error:
-                return str(error)
-        return True
+        return refusal(lambda prefix: new_lora_path(loras_folder(), prefix), filename_prefix)

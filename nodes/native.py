@@ -28,7 +28,7 @@ class JudgeFromClip(io.ComfyNode):
         from comfy.text_encoders.qwen3vl import Qwen3VLTEModel
 
         if not isinstance(clip.cond_stage_model, Qwen3VLTEModel):
-            raise ValueError("This CLIP is no judge: load a Qwen3-VL file with Load CLIP, or use VLM Judge Loader.")
+            raise ValueError("This CLIP is not a judge: load a Qwen3-VL file with Load CLIP, or use VLM Judge Loader.")
         if clip.is_dynamic():
             patcher, clip = static_clone(clip.patcher), clip.clone()
             clip.patcher = patcher

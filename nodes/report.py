@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import folder_paths
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from ..trainers.lora_file import file_start
 from ..trainers.report import numbers, page, sheet
+from ..trainers.sheet import from_image
+from .refusal import refusal
 from .types import CATEGORY, ReportType
 
 
@@ -40,8 +40,7 @@ class RunReport(io.ComfyNode):
     def execute(cls, report, filename_prefix):
         output = Path(folder_paths.get_output_directory())
         file_start(output, filename_prefix)
-        picture = torch.from_numpy(np.array(sheet(report)))[None].float() / 255
-        shown = ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix, cls).as_dict()
+        shown = ui.ImageSaveHelper.get_save_images_ui(from_image(sheet(report)), filename_prefix, cls).as_dict()
         (saved,) = shown["images"]
         path = (output / saved["subfolder"] / saved["filename"]).with_suffix(".html")
         path.write_text(page(report), encoding="utf-8")
@@ -50,10 +49,4 @@ class RunReport(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix):
-        """Before anything runs, and so before the training; another node's prefix is None here and checked later."""
-        if filename_prefix is not None:
-            try:
-                file_start(Path(folder_paths.get_output_directory()), filename_prefix)
-            except ValueError as error:
-                return str(error)
-        return True
+        return refusal(lambda prefix: file_start(Path(folder_paths.get_output_directory()), prefix), filename_prefix)

@@ -3,17 +3,17 @@
 import math
 
 import comfy.samplers
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 import nodes
 
-from ..trainers.comfy_student import NEGATIVE_NEEDED, asks_for_negative
+from ..trainers.comfy_student import check_negative
 from ..trainers.noise_levels import noise_levels
-from ..trainers.sheet import grid, to_image
+from ..trainers.sheet import from_image, grid, to_image
 from .lora import lora_inputs, lora_patches, with_patches, written_at
+from .refusal import refusal
 from .types import CATEGORY
 
 
@@ -80,11 +80,8 @@ class StrengthSheet(io.ComfyNode):
         cls, model, vae, positive, latent, lora_name, strengths, seed, sampler_steps, sampler_name, scheduler, cfg,
         negative=None, lora=None, sigmas=None, sampler=None,
     ):  # fmt: skip
-        if negative is None and cfg != 1.0:
-            raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
         drawn_with = sampler or comfy.samplers.sampler_object(sampler_name)
-        if negative is None and asks_for_negative(model, drawn_with):
-            raise ValueError(NEGATIVE_NEEDED)
+        check_negative(model, drawn_with, negative, cfg)
         levels = noise_levels(model, sampler_steps, sampler_name, scheduler, sampler, sigmas)
         numbers = numbers_in(strengths)
         patches = lora_patches(model, lora_name, lora, "Strength Sheet")
@@ -99,18 +96,12 @@ class StrengthSheet(io.ComfyNode):
         labelled = grid(
             [[to_image(picture.movedim(-1, 0)) for picture in row] for row in rows], [f"{n:g}" for n in numbers]
         )
-        sheet = torch.from_numpy(np.array(labelled))[None].float() / 255
+        sheet = from_image(labelled)
         return io.NodeOutput(sheet, rows.flatten(0, 1), ui=ui.PreviewImage(sheet, cls=cls))
 
     @classmethod
     def validate_inputs(cls, strengths):
-        """Before anything runs; a text from another node is None here and checked later."""
-        if strengths is not None:
-            try:
-                numbers_in(strengths)
-            except ValueError as error:
-                return str(error)
-        return True
+        return refusal(numbers_in, strengths)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -130,6 +121,8 @@ def numbers_in(text: str) -> list[float]:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise ValueError(f"'{word.strip()}' is no number. Write strengths with commas between them: -1, 0, 0.5, 1")
+            raise ValueError(
+                f"'{word.strip()}' is not a number. Write strengths with commas between them: -1, 0, 0.5, 1"
+            )
         numbers.append(number)
     return numbers

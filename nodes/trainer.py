@@ -11,14 +11,13 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker, is_link
-from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
 from ..trainers.comfy_student import TOY, ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
-from ..trainers.guards import NOTICEABLE, warning
+from ..trainers.guards import became
 from ..trainers.looks import CHECK_SEEDS
 from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
@@ -28,26 +27,17 @@ from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
 from ..trainers.report import Report
 from ..trainers.self_check import check_gradients
+from ..trainers.sheet import contact_sheet
 from ..vlm.answers import never_answered
 from .loaders import BUNDLED_GUIDE_READER, BUNDLED_JUDGE
 from .lora import loras_folder, read_lora, written_at
-from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, check_choices, trainer_inputs
+from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, check_choices, left_out, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
 log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 0.5
 CHECKED_PICTURES = 4  # held-out pictures at least
-LEFT_OUT = {
-    "negative": None,
-    "more_prompts": (),
-    "sigmas": None,
-    "sampler": None,
-    "drift_limit": Settings.drift_limit,
-    "target": Objective.target,
-    "augment": Settings.augment,
-    "recompute": AUTOMATIC,
-}
 UNFINISHED = "dual_process/unfinished"
 UNSAVED = "The LoRA is not saved: connect Save LoRA to keep it."
 NOTHING_LEARNED = "no look was better than the first, so the LoRA is what it was before"
@@ -84,7 +74,7 @@ class Trainer(io.ComfyNode):
     @classmethod
     def execute(cls, judge, questions, objective, self_check, second_judge=None, **inputs):
         check_choices({"objective": objective, **inputs})
-        inputs = SimpleNamespace(**{**LEFT_OUT, **inputs})
+        inputs = SimpleNamespace(**{**left_out(), **inputs})
         goal = Objective(questions, objective, inputs.target)
         if second_judge is judge:
             raise ValueError(SAME_JUDGE)
@@ -102,17 +92,17 @@ class Trainer(io.ComfyNode):
             nonlocal plan
             if self_check:
                 student.turns.taken_if_needed(lambda: check_gradients(student))
-            first, second = [*(student.in_turn(one) for one in judges), None][:2]
+            shown_to = [student.in_turn(one) for one in judges]
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:
-                plan = plan_memory(student, first, goal, settings)
+                plan = plan_memory(student, shown_to[0], goal, settings)
             else:
-                student.turns.taken_if_needed(lambda: try_step(student, first, goal, settings))
+                student.turns.taken_if_needed(lambda: try_step(student, shown_to[0], goal, settings))
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
-            for question in never_answered(first, student.draw(CHECK_SEEDS), questions):
+            for question in never_answered(shown_to[0], student.draw(CHECK_SEEDS), questions):
                 show.warn(NO_ANSWER.format(question.text.strip()))
-            return train(student, first, goal, settings, show, second)
+            return train(student, shown_to[0], goal, settings, show, *shown_to[1:])
 
         def learned(run: Run) -> TrainedLoRA:
             story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan, chosen)
@@ -179,7 +169,7 @@ def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
         anchor=inputs.anchor,
         judge_noise=inputs.judge_noise,
         check_every=inputs.check_every,
-        held=inputs.stop_at,
+        stop_at=inputs.stop_at,
         check_seeds=max(2, prompts, math.ceil(CHECKED_PICTURES / batch)),
         learn_at=inputs.learn_at,
         accumulate=inputs.accumulate,
@@ -198,7 +188,7 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
     return ComfyStudent(
         inputs.model,
         inputs.vae,
-        [inputs.positive, *inputs.more_prompts],
+        [inputs.positive, *(inputs.more_prompts or [])],
         inputs.negative,
         inputs.latent,
         noise_levels(inputs.model, inputs.sampler_steps, *drawn_with),
@@ -260,44 +250,32 @@ class Progress:
         run = self.run
         if run is None or not any(now > then for then, now in zip(run.checks[0].scores, run.checks[-1].scores)):
             return
-        run.stopped = f"broken off after {len(run.loss)} steps"
+        run.stopped = f"stopped early, after {len(run.loss)} steps"
         path = new_lora_path(loras_folder(), UNFINISHED)
         try:
             save_lora(learned(run), path)
         except Exception:  # the user has to see why the run ended
-            log.exception("The LoRA of the run that was broken off could not be saved")
+            log.exception("The LoRA of the run that stopped early could not be saved")
             return
         name = path.relative_to(loras_folder()).as_posix()
         self.say(
-            f"Broken off. The LoRA of step {run.checks[-1].step}, the best so far, is saved as {name}. To go on from "
-            f"it, press R and choose it in continue_from. {self.warned}"
+            f"Stopped early. The LoRA of step {run.checks[-1].step}, the best so far, is saved as {name}. To go on "
+            f"from it, press R and choose it in continue_from. {self.warned}"
         )
 
     def end(self, run: Run, reminder: str) -> None:
         """Leave one line on the node: what it brought on held-out seeds, how many steps it took, why it ended, how the
         pictures changed by it, and what to be reminded of."""
-        skipped = f" ({run.skipped} more had no finite gradient and were left out)" if run.skipped else ""
         first, kept = run.checks[0], run.checks[-1]
         brought = f"Held-out seeds: {percent(first.scores)} before, {percent(kept.scores)} after step {kept.step}. "
         if kept is first:
             brought = f"Held-out seeds: {percent(first.scores)}; {NOTHING_LEARNED}. " if run.loss else ""
         second = f". Second judge: {percent(first.second)} before, {percent(kept.second)} after" if kept.second else ""
-        drift = warning(kept.changes, NOTICEABLE) if kept.changes else ""
-        than = ", compared with the model without the LoRA" if first.changes else ""
-        changed = f". Pictures got {drift}{than}" if drift else ""
-        ended = "; ".join([*run.rate_falls, run.stopped])
-        text = f"{brought}{len(run.loss)} steps{skipped}: {ended}{second}{changed}"
-        text = " ".join(filter(None, [f"{text}.", self.warned, reminder]))
+        sentences = filter(None, [f"{brought}{run.ended()}{second}", became(kept.changes, first.changes)])
+        text = " ".join(filter(None, [*(f"{sentence}." for sentence in sentences), self.warned, reminder]))
         PromptServer.instance.send_progress_text(text, self.node_id)
 
 
 def percent(scores: list[float]) -> str:
     """The scores [Q] of all questions, for people."""
     return ", ".join(f"{score:.0%}" for score in scores)
-
-
-def contact_sheet(*batches: Tensor, most: int = 4) -> Image.Image:
-    """The first pictures of batches [B, 3, H, W] in 0..1, as many of each, a row for each."""
-    columns = min(most, *map(len, batches))
-    rows = torch.cat([torch.cat(list(batch[:columns].cpu().clamp(0, 1)), dim=-1) for batch in batches], dim=-2)
-    return Image.fromarray((rows * 255).byte().permute(1, 2, 0).numpy())

@@ -17,6 +17,11 @@ def trainer_inputs() -> list[io.Input]:
     return [*_sockets(), *_teaching(), *_drawing(), *_judging(), *_further()]
 
 
+def left_out() -> dict:
+    """What the inputs are that a workflow need not have."""
+    return {one.id: getattr(one, "default", None) for one in trainer_inputs() if one.optional}
+
+
 def check_choices(values: dict) -> None:
     """Refuse what is in no list, which ComfyUI 0.3.75 does not do for nodes of this kind.
 
@@ -28,7 +33,7 @@ def check_choices(values: dict) -> None:
         read = instead.get(one.id) is None and one.id != "continue_from"  # a file, which may have come since
         if read and isinstance(one, io.Combo.Input) and values.get(one.id, one.options[0]) not in one.options:
             listed = ", ".join(map(str, one.options))
-            raise ValueError(f"{one.id} is '{values[one.id]}', which it cannot be. Choose one of: {listed}.")
+            raise ValueError(f"{one.id} is '{values[one.id]}', which is not one of its choices: {listed}.")
 
 
 def _sockets() -> list[io.Input]:
@@ -115,7 +120,7 @@ def _judging() -> list[io.Input]:
             max=100.0,
             step=0.01,
             tooltip="How strongly pictures are held to what the model would draw anyway. Lower it when the answer does "
-            "not move, or all of the picture shall change, as with colours; raise it when other things change too.",
+            "not move, or the whole picture should change, as with colours; raise it when other things change too.",
         ),
         io.Float.Input(
             "judge_noise",
@@ -131,12 +136,12 @@ def _judging() -> list[io.Input]:
             default=Settings.check_every,
             min=0,
             max=1000,
-            tooltip="Steps between looks at pictures of seeds that are not trained on. The best LoRA by these "
-            "is kept. 0: never look, train all steps.",
+            tooltip="Steps between looks at pictures of seeds that are not trained on. The LoRA that does best "
+            "on them is kept. 0: never look, train all steps.",
         ),
         io.Float.Input(
             "stop_at",
-            default=Settings.held,
+            default=Settings.stop_at,
             min=0.0,
             max=1.0,
             step=0.01,
@@ -152,8 +157,8 @@ def _further() -> list[io.Input]:
         io.Boolean.Input(
             "checkpointing",
             default=True,
-            tooltip="Recompute instead of remember where 'recompute' says so: much less memory for some more time. "
-            "Off: never recompute.",
+            tooltip="Recompute activations in backward instead of keeping them, as 'recompute' says: much less memory, "
+            "somewhat slower. Off: never recompute.",
         ),
         io.Combo.Input(
             "learn_at",
@@ -195,7 +200,7 @@ def _further() -> list[io.Input]:
             step=0.05,
             optional=True,
             tooltip="When pictures of seeds that are not trained on get darker, greyer, emptier or more alike, or the "
-            "reverse, by more than this share (0.25: 25 %), training goes back to its best LoRA and on at a third of "
+            "reverse, by more than this share (0.25: 25%), training goes back to its best LoRA and on at a third of "
             "the learning rate; the fourth time it stops. 0: never.",
         ),
         io.Float.Input(
@@ -216,7 +221,7 @@ def _further() -> list[io.Input]:
             step=0.05,
             optional=True,
             tooltip="How much pictures are cropped and changed in contrast and brightness before the judge sees them "
-            "(1: up to 10 % and 20 %). Helps against a judge that is fooled; blurs what depends on exact places.",
+            "(1: up to 10% and 20%). Helps against a judge that is fooled; blurs what depends on exact places.",
         ),
         JudgeType.Input(
             "second_judge",
@@ -230,8 +235,8 @@ def _further() -> list[io.Input]:
             options=[AUTOMATIC, ALWAYS, NEVER],
             default=AUTOMATIC,
             optional=True,
-            tooltip="Automatic: before the first step one pass is tried with recomputation; from it is foreseen what "
-            "fits into the free memory, and only the blocks that do not are recomputed. Always: all blocks, for the "
-            "least memory. Only read while checkpointing is on.",
+            tooltip="Automatic: a trial pass before the first step measures what fits into the free memory; only "
+            "blocks that do not fit are recomputed. Always: all blocks, for the least memory. Only read while "
+            "checkpointing is on.",
         ),
     ]

@@ -22,7 +22,7 @@ def comfyui():
 @pytest.fixture(scope="session")
 def comfy(comfyui, tmp_path_factory):
     """The `comfy` package, importable from here on together with ComfyUI's other modules (`nodes`, `folder_paths`)."""
-    use_comfyui(tmp_path_factory.mktemp("comfyui_in_process"), comfyui)
+    use_comfyui(tmp_path_factory.mktemp("comfyui_in_process"))
     import comfy.model_management
     import utils.extra_config  # noqa: F401  ComfyUI's nodes.py puts a folder with another utils.py first
 
@@ -72,7 +72,7 @@ def trained(lab, monkeypatch):
 def server(comfyui, tmp_path_factory):
     """A running ComfyUI server of this session's own."""
     base = tmp_path_factory.mktemp("comfyui_server")
-    with ComfyServer(base, base / "server.log", comfyui) as running:
+    with ComfyServer(base, base / "server.log") as running:
         yield running
 
 

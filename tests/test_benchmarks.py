@@ -216,22 +216,6 @@ def test_what_does_not_fit_on_a_gpu_says_so(comfy):
     assert dict(gpu.judges(builders, "cpu")) == {"large": None, "small": "a judge"}
 
 
-def test_memory_on_a_gpu(monkeypatch):
-    """With and without what is there before the step."""
-    from dual_process.benchmarks import gpu
-
-    held = {"reset_peak_memory_stats": None, "memory_allocated": 5 * gpu.MB, "max_memory_allocated": 9 * gpu.MB}
-    for name, size in held.items():
-        monkeypatch.setattr(torch.cuda, name, lambda size=size: size)
-
-    class Way:
-        def run(self, seed, measured):
-            with measured():
-                pass
-
-    assert gpu.Gauge("cuda").peaks_mb(Way(), 1) == {"peak_mb": 4, "whole_peak_mb": 9}
-
-
 def test_compile(pair, monkeypatch):
     """With torch's eager backend, which translates the blocks and leaves the kernels as they are."""
     from dual_process.benchmarks.compile import blocks_of, measure

@@ -63,7 +63,7 @@ def test_a_server_that_ends_while_it_works_is_a_connection_error(comfyui, tmp_pa
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     }
-    with ComfyServer(tmp_path, tmp_path / "log", comfyui) as server, ComfyClient(server.url) as client:
+    with ComfyServer(tmp_path, tmp_path / "log") as server, ComfyClient(server.url) as client:
         with pytest.raises(ConnectionError):
             client.run(graph, lambda event: server.stop())
 

@@ -133,7 +133,7 @@ def test_with_a_judge_its_own_size_is_seen(client):
 @pytest.mark.parametrize(
     ("kind", "inputs", "sentence"),
     [
-        ("PaletteGuide", {"colours": "#e07a5f, sand"}, '"sand" is no colour: write hex codes'),
+        ("PaletteGuide", {"colours": "#e07a5f, sand"}, '"sand" is not a colour: write hex codes'),
         ("PaletteGuide", {"colours": " "}, "The palette is empty: give hex codes"),
         ("CompositionGuide", {}, "connect one of the two"),
         ("GuideFromImage", {"image": ["two", 0]}, "A guide is one picture, but 2 are connected"),

@@ -43,7 +43,7 @@ def teach(question, **settings):
         "check_every": 5,
         "judge_noise": 0.0,
         "anchor": 0.0,
-        "held": 0.9,
+        "stop_at": 0.9,
         "drift_limit": 0,
     }
     run = train(student, judge, Objective([question]), Settings(**{**defaults, **settings}), lambda *_: None)

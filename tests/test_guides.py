@@ -101,7 +101,7 @@ def test_the_palette_of_a_picture_is_its_colours_the_most_frequent_first():
         (lambda: Horizon(1.3), "The height of the horizon is 1.3: give a share from 0 to 1"),
         (lambda: Points((0.5, -0.2), (0.5, 0.5)), "The y of Point A is -0.2: give a share from 0 to 1"),
         (lambda: Palette(()), "The palette is empty: give hex codes"),
-        (lambda: parse_colours("#e07a5f, reddish"), '"reddish" is no colour: write hex codes'),
+        (lambda: parse_colours("#e07a5f, reddish"), '"reddish" is not a colour: write hex codes'),
         (lambda: Areas(torch.zeros(2, 8, 8)), "Mask 1 of the composition is empty"),
         (lambda: Areas(BOX, ("tree", "moon")), "There are 2 labels for 1 masks"),
         (lambda: Areas(torch.cat([BOX, DOT])).draw(4, 6), "Mask 2 .*, 48 x 32 px, is too small .* of 6 x 4 px: paint"),

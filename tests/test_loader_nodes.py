@@ -117,7 +117,7 @@ def test_nothing_is_downloaded_without_both_the_id_and_the_tick(loaders, models)
     load(loaders, hub_id="someone/tiny")
     with pytest.raises(ValueError, match="else/tiny is not in .*: tick download"):
         load(loaders, hub_id="else/tiny")
-    with pytest.raises(ValueError, match='"../../etc" is no hub id'):
+    with pytest.raises(ValueError, match='"../../etc" is not a hub id'):
         load(loaders, hub_id="../../etc")
     assert loaders.asked == []
 

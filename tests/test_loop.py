@@ -25,7 +25,7 @@ from dual_process.trainers.dual_process import (
     train,
 )
 from dual_process.trainers.guards import warning
-from dual_process.trainers.looks import LOOKS, Looks
+from dual_process.trainers.looks import HOLDING, Looks
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
@@ -134,16 +134,16 @@ def teach(answer="Yes", student=None, **settings):
 
 
 def test_learns_yes_and_stops_when_it_is_held():
-    student, run, pictures = teach(steps=100, held=0.9, anchor=0.0)
+    student, run, pictures = teach(steps=100, stop_at=0.9, anchor=0.0)
     assert run.checks[0].step == 0 and run.checks[0].scores[0] < 0.2
     assert run.checks[-1].scores[0] >= 0.9
     assert run.stopped == f"held at step {len(run.loss)}" and len(run.loss) < 100
     assert len(pictures) == len(run.scores) == len(run.loss)
 
 
-@pytest.mark.parametrize("steps, check_every, looks", [(100, 5, LOOKS), (100, 20, 2), (60, 10, 3), (8, 10, 1)])
+@pytest.mark.parametrize("steps, check_every, looks", [(100, 5, HOLDING), (100, 20, 2), (60, 10, 3), (8, 10, 1)])
 def test_as_many_looks_in_a_row_must_hold_or_half_of_them(steps, check_every, looks):
-    _, run, _ = teach(steps=steps, check_every=check_every, held=0.3, anchor=0.0, learning_rate=0.1)
+    _, run, _ = teach(steps=steps, check_every=check_every, stop_at=0.3, anchor=0.0, learning_rate=0.1)
     holding = [check.step for check in run.checks[1:] if check.scores[0] >= 0.3]
     assert run.stopped == f"held at step {len(run.loss)}" and holding[looks - 1] == len(run.loss)
 
@@ -175,9 +175,9 @@ def brightness(check) -> float:
 
 def test_looks_before_a_retreat_do_not_count():
     """Enough looks hold; between any two retreats there are fewer."""
-    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, held=0.18)
+    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, stop_at=0.18)
     fine = [check for check in run.checks[1:-1] if not warning(check.changes, 0.1)]
-    assert sum(check.scores[0] >= 0.18 for check in fine) >= LOOKS
+    assert sum(check.scores[0] >= 0.18 for check in fine) >= HOLDING
     assert run.retreats == 3 and "pictures got" in run.stopped
 
 
@@ -192,7 +192,7 @@ def test_a_retreat_begins_anew_at_a_third_of_the_rate():
 
 def test_what_holds_is_taught_on_at_a_third_of_the_rate():
     """After a retreat, at a third of that."""
-    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, held=0.18)
+    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, stop_at=0.18)
     holds = [check.scores[0] >= 0.18 for check in run.checks[:5]]
     assert holds == [False, False, True, True, True]
     seen = [brightness(check) for check in run.checks]
@@ -206,11 +206,11 @@ def test_what_holds_is_taught_on_at_a_third_of_the_rate():
 
 def test_what_is_held_already_is_not_taught():
     """A LoRA that is continued may hold its goal from the start."""
-    student, run, pictures = teach("No", held=0.7, anchor=0.0)
+    student, run, pictures = teach("No", stop_at=0.7, anchor=0.0)
     assert run.checks[0].scores[0] > 0.7 and len(run.checks) == 1
     assert run.loss == pictures == [] and student.lora.shift == 0
     assert run.stopped == "held before the first step: there is nothing to teach"
-    _, run, _ = teach("No", held=0.7, anchor=0.0, check_every=0, steps=3)
+    _, run, _ = teach("No", stop_at=0.7, anchor=0.0, check_every=0, steps=3)
     assert len(run.loss) == 3 and run.stopped == "all steps done"
 
 
@@ -251,7 +251,7 @@ def test_a_step_that_runs_out_of_memory_begins_again_with_everything_recomputed(
 
 
 def test_learns_no():
-    student, run, _ = teach("No", held=0.97, anchor=0.0)
+    student, run, _ = teach("No", stop_at=0.97, anchor=0.0)
     assert run.checks[-1].scores[0] > 0.95 and student.lora.shift < 0
 
 
@@ -264,7 +264,7 @@ def test_the_best_check_is_kept():
 
     student, goal = GreyStudent(), Objective([Question("Is it neither dark nor bright?")])
     off = {"anchor": 0.0, "average": 0.0, "drift_limit": 0.0}
-    settings = Settings(steps=5, learning_rate=0.1, check_every=1, held=1.1, **off)
+    settings = Settings(steps=5, learning_rate=0.1, check_every=1, stop_at=1.1, **off)
     run = train(student, MiddleJudge(), goal, settings, lambda *_: None)
     best = max(run.checks[:-1], key=lambda check: check.scores[0])
     assert best.scores[0] > run.checks[-2].scores[0], "the last look is not the best one"
@@ -278,7 +278,7 @@ def test_the_average_is_checked_and_kept_but_not_trained_from():
     def shifts(average, check_every):
         student, seen = GreyStudent(), []
         note = lambda run, images: seen.append(student.lora.shift.item())  # noqa: E731
-        often = {"check_every": check_every, "held": 1.1, "drift_limit": 0.0}
+        often = {"check_every": check_every, "stop_at": 1.1, "drift_limit": 0.0}
         settings = Settings(steps=8, learning_rate=0.02, average=average, **often)
         run = train(student, BrightnessJudge(), Objective([Question("Is it bright?")]), settings, note)
         return seen, student.lora.shift.item(), run

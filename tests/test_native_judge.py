@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dual_process.benchmarks.matrix_judges import picture
-from dual_process.benchmarks.native_judge import tiny_qwen3_vl
+from dual_process.tests.native_vlm import tiny_qwen3_vl
 from dual_process.vlm.question import Question
 
 WARM, LINE = Question("Warm?"), Question("Is the line thick?")
@@ -57,7 +57,7 @@ def test_the_clips_own_patcher_is_what_comfyui_loads(managed, clip):
 def test_another_clip_is_one_sentence(judge):
     from dual_process.nodes.native import JudgeFromClip
 
-    with pytest.raises(ValueError, match="This CLIP is no judge"):
+    with pytest.raises(ValueError, match="This CLIP is not a judge"):
         JudgeFromClip.execute(SimpleNamespace(cond_stage_model=torch.nn.Linear(1, 1)))
 
 

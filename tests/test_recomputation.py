@@ -24,8 +24,8 @@ SD = dict(
 )  # fmt: skip
 
 
-def gradient_through(module, function, given) -> tuple[torch.Tensor, int, int]:
-    """Of ``function(given)`` weighted at random, and bytes alive after forward, without and with recomputation."""
+def bytes_alive(module, function, given) -> list[int]:
+    """After ``function(given)``, without and with recomputation, both of which give the same gradient."""
     from dual_process.trainers.live_memory import LiveMemory
 
     found, alive = [], []
@@ -51,7 +51,7 @@ def test_a_judge_gives_the_same_gradient(name):
     questions = QUESTIONS[:2] if name == "PaliGemma" else QUESTIONS
     pictures = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     judge.log_likelihood(pictures, questions)  # finds out whether they share
-    kept, recomputed = gradient_through(judge.model, lambda x: judge.log_likelihood(x, questions), pictures)
+    kept, recomputed = bytes_alive(judge.model, lambda x: judge.log_likelihood(x, questions), pictures)
     assert recomputed < 0.8 * kept
 
 
@@ -88,7 +88,7 @@ def test_a_vae_gives_the_same_gradient(comfy, build):
     randomise(vae, seed=3)
     vae.requires_grad_(False)
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    kept, recomputed = gradient_through(vae, vae.decode, latent)
+    kept, recomputed = bytes_alive(vae, vae.decode, latent)
     assert recomputed < 0.55 * kept
 
 

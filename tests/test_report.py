@@ -57,7 +57,7 @@ def told(lab):
         judge.judge.name = "judge <1>"
         asked = [Question(TEXT), Question("Is it night?", "No", weight=2.5, keep=True), *asked]
         goal = Objective(asked)
-        settings = Settings(**{"steps": 3, "check_every": 1, "check_seeds": 2, "held": 1.1, **settings})
+        settings = Settings(**{"steps": 3, "check_every": 1, "check_seeds": 2, "stop_at": 1.1, **settings})
         other = judge.judge if second else None
         loop = lambda: train(student, judge.judge, goal, settings, lambda *_: None, other)  # noqa: E731
         run = student.run(loop, [judge.patcher])
@@ -105,7 +105,7 @@ def test_what_is_only_watched_is_told_but_is_not_what_was_taught(told):
 def test_one_judge_and_a_run_without_a_step(told):
     from dual_process.trainers.report import page, sheet
 
-    run, report = told(held=0.0)
+    run, report = told(stop_at=0.0)
     read = Page(page(report))
     assert run.loss == [] and "Nothing was trained" in read.text and "held before the first step" in read.text
     assert "never trained against" not in read.text and read.tags.count("circle") == 2
@@ -151,7 +151,7 @@ def test_the_node_writes_page_and_sheet_side_by_side_and_never_over_others(told)
     shown = outputs[0].ui
     assert shown["images"][0]["filename"] == "tale_00001_.png" and str(paths[0]) in shown["text"][0]
     for prefix in ("", "../outside"):
-        with pytest.raises(ValueError, match="is no file name inside"):
+        with pytest.raises(ValueError, match="is not a file name inside"):
             RunReport.execute(report, prefix)
-        assert "is no file name inside" in RunReport.validate_inputs(prefix)
+        assert "is not a file name inside" in RunReport.validate_inputs(prefix)
     assert json.loads(picture.text["workflow"]) == {"nodes": []}, "the workflow is in the picture"

@@ -27,16 +27,16 @@ class ModestJudge(BrightnessJudge):
 def teach(second, questions=(Question("Is it bright?"),), **settings):
     student = GreyStudent()
     defaults = {"steps": 40, "learning_rate": 0.01, "check_every": 2, "judge_noise": 0.0, "average": 0.0, "anchor": 0.0}
-    settings = Settings(**{**defaults, "drift_limit": 0.0, "held": 0.9, **settings})
+    settings = Settings(**{**defaults, "drift_limit": 0.0, "stop_at": 0.9, **settings})
     run = train(student, BrightnessJudge(), Objective(list(questions)), settings, lambda *_: None, second)
     return student, run
 
 
 def test_it_chooses_the_lora_that_is_kept():
     """The first judge wants it ever brighter; the second one is content on the way and not at the end."""
-    alone, run = teach(None, held=1.1)
+    alone, run = teach(None, stop_at=1.1)
     assert run.checks[-1].step == 40 and run.checks[-1].second == []
-    student, run = teach(ModestJudge(), held=1.1)
+    student, run = teach(ModestJudge(), stop_at=1.1)
     kept = run.checks[-1]
     assert 0 < kept.step < 40 and kept.second[0] == max(check.second[0] for check in run.checks)
     assert student.lora.shift.item() == pytest.approx(0.15, abs=0.02) and alone.lora.shift > 0.3
@@ -45,7 +45,7 @@ def test_it_chooses_the_lora_that_is_kept():
 
 def test_it_changes_nothing_of_what_is_learned():
     second = ModestJudge()
-    with_one, without = teach(second, held=1.1)[1], teach(None, held=1.1)[1]
+    with_one, without = teach(second, stop_at=1.1)[1], teach(None, stop_at=1.1)[1]
     assert with_one.loss == without.loss and with_one.scores == without.scores
     assert second.asked == 2 * len({check.step for check in with_one.checks}) == 42  # two held-out seeds
 
@@ -67,8 +67,8 @@ def test_training_ends_when_both_hold():
     assert all(check.second[0] >= 0.9 < check.scores[0] for check in both.checks[-3:])
     assert min(check.second[0] for check in both.checks) < 0.5
     dark = [Question("Is it bright?", "No")]
-    assert teach(None, dark, held=0.7)[1].loss == [], "held before the first step"
-    assert len(teach(Shifted(0.3), dark, held=0.7)[1].loss) > 0
+    assert teach(None, dark, stop_at=0.7)[1].loss == [], "held before the first step"
+    assert len(teach(Shifted(0.3), dark, stop_at=0.7)[1].loss) > 0
 
 
 def test_the_node_loads_it_through_comfyui_says_it_and_writes_it_down(lab, trained):

@@ -298,7 +298,7 @@ def test_a_bad_file_name_is_refused_before_the_training(client, teach):
     (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")
     for prefix in ("../../outside", "/outside", ""):
         graph[keeper]["inputs"]["filename_prefix"] = prefix
-        with pytest.raises(PromptRejected, match="is no file name inside"):
+        with pytest.raises(PromptRejected, match="is not a file name inside"):
             client.run(graph)
 
 
@@ -320,7 +320,7 @@ def test_a_file_name_from_another_node_is_checked_when_it_is_known(client, teach
     (keeper,) = nodes_of(graph, "DualProcessSaveLoRA")
     graph["prefix"] = {"class_type": "PrimitiveString", "inputs": {"value": "../outside"}}
     graph[keeper]["inputs"]["filename_prefix"] = ["prefix", 0]
-    with pytest.raises(PromptFailed, match="is no file name inside"):
+    with pytest.raises(PromptFailed, match="is not a file name inside"):
         client.run(graph)
 
 

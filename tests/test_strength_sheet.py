@@ -91,7 +91,7 @@ def test_without_a_negative_only_cfg_1(sheet):
 def test_what_is_no_number_is_named_before_anything_runs(sheet, text, word):
     from dual_process.nodes.strength_sheet import StrengthSheet
 
-    with pytest.raises(ValueError, match=f"'{word}' is no number"):
+    with pytest.raises(ValueError, match=f"'{word}' is not a number"):
         sheet(strengths=text)
-    assert f"'{word}' is no number" in StrengthSheet.validate_inputs(text)
+    assert f"'{word}' is not a number" in StrengthSheet.validate_inputs(text)
     assert StrengthSheet.validate_inputs("-1, 2.5") is StrengthSheet.validate_inputs(None) is True

@@ -351,7 +351,7 @@ def test_misfits_are_refused_before_anything_is_loaded(lab):
     lab.build_student("SD3", sigmas=torch.tensor([1.0, 0.5, 0.02]))  # LaplaceScheduler's last one is no 0
     with pytest.raises(ValueError, match="matches the LoRA targets 'nonsense'"):
         lab.build_student("SD3", targets="nonsense")
-    with pytest.raises(ValueError, match=r"'\(\[' are no regular expression \(unterminated"):
+    with pytest.raises(ValueError, match=r"'\(\[' are not a valid regular expression \(unterminated"):
         lab.build_student("SD3", targets="([")
 
 

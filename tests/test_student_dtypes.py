@@ -8,6 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from dual_process.tests.gradients import give_lora_a_value, picture_to_lora_ratio
 from dual_process.trainers.dual_process import Settings, train
+from dual_process.trainers.lora import LoRA
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.question import Question
 
@@ -179,7 +180,7 @@ def plain_fp8(lab, name: str):
     return lab.build_model(name, dtype=torch.float8_e4m3fn, compute=torch.float32)
 
 
-def learned(lab, model, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def learned(lab, model, name: str) -> tuple[LoRA, torch.Tensor]:
     """A LoRA of small effect, and what it draws as it is trained."""
     student = lab.build_student(name, model, alpha=2.0)
 

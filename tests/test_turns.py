@@ -17,7 +17,7 @@ from dual_process.vlm.question import Question
 
 QUESTIONS = [Question("Is the line thick?"), Question("Are the colours warm?", "No")]
 GOAL = Objective(QUESTIONS)
-QUIET = {"drift_limit": 0.0, "held": 1.1}
+QUIET = {"drift_limit": 0.0, "stop_at": 1.1}
 AMPLE = 1e12
 
 

@@ -29,14 +29,14 @@ SCENES, STEPS, BATCH, PEAK_RATE = 16384, 8000, 64, 1.5e-3
 SHIFT = 3.0  # ComfyUI's sampling setting for SD3
 
 
-def new_student(device: str, depth: int = DEPTH, patch: int = PATCH) -> nn.Module:
-    """ComfyUI's MMDiT as its loader would detect it (width 64 * depth), initialised as a DiT."""
+def new_student(device: str) -> nn.Module:
+    """ComfyUI's MMDiT as its loader would detect it (width 64 * DEPTH), initialised as a DiT."""
     from comfy.supported_models import SD3
 
-    width, places = 64 * depth, (16 // patch) ** 2
+    width, places = 64 * DEPTH, (16 // PATCH) ** 2
     config = SD3({
-        "in_channels": 16, "out_channels": 16, "patch_size": patch, "depth": depth, "input_size": None,
-        "adm_in_channels": POOLED_WIDTH, "num_patches": places, "pos_embed_max_size": 16 // patch, "qk_norm": "rms",
+        "in_channels": 16, "out_channels": 16, "patch_size": PATCH, "depth": DEPTH, "input_size": None,
+        "adm_in_channels": POOLED_WIDTH, "num_patches": places, "pos_embed_max_size": 16 // PATCH, "qk_norm": "rms",
         "context_embedder_config": {"target": "torch.nn.Linear",
                                     "params": {"in_features": CONTEXT_WIDTH, "out_features": width}},
         "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [],

@@ -148,9 +148,3 @@ def prompt_for(wanted: dict[str, bool]) -> str:
     parts = [f"a {clause['horizon']}"] if "horizon" in clause else []
     parts += [clause[name] for name in ("line", "depth") if name in clause]
     return f"{text} with {', '.join(parts)}" if parts else f"{text} with two balls"
-
-
-def wanted_in(prompt: str) -> dict[str, bool]:
-    """The inverse of `prompt_for`: which properties a prompt fixes, and to which side."""
-    return {name: value for name, pair in CLAUSES.items() for value in (False, True)
-            if pair[value] in prompt}

@@ -298,7 +298,7 @@ def _replace_parameters(root: nn.Module, wanted: Callable[[Tensor], bool], copy:
 
 
 def _frozen(tensor: Tensor, before: nn.Parameter) -> nn.Parameter:
-    """A parameter of the class of the one ``before``, with what that one knows: bitsandbytes keeps scales there."""
+    """A frozen parameter of ``before``'s class with its attributes, where bitsandbytes keeps scales."""
     if nn.Parameter not in type(before).__mro__:  # a tensor of a class of its own, which stays that
         return nn.Parameter(tensor, requires_grad=False)
     frozen = Tensor._make_subclass(type(before), tensor, False)

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
 
 import comfy.sample
 import comfy.sampler_helpers
@@ -26,6 +25,7 @@ from comfy.sd import VAE
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
+from ..vlm.judge import FP16_GRADIENT_SCALE
 from .checkpointing import (
     DECODER,
     JUDGE,
@@ -35,7 +35,7 @@ from .checkpointing import (
     make_recomputable,
     prepare_for_backward,
 )
-from .comfy_memory import InTurn, ManagedJudge, TransformersHolder, Turns, gradients, static_clone
+from .comfy_memory import InTurn, ManagedJudge, Result, TransformersHolder, Turns, gradients, static_clone
 from .control_hints import hints_encoded_apart
 from .full_precision import multiplied_in_full
 from .lora import LoRA, lora_targets
@@ -44,10 +44,8 @@ from .lora_start import start_from
 from .memory_plan import NEED_LESS
 from .prompts import single_prompts
 
-Result = TypeVar("Result")
 KEY = "dual_process"
 CONDITIONING_SEED = 0  # of conditionings that hold noise, such as unCLIP's; they are made once, for all draws
-FP16_GRADIENT_SCALE = 1024.0  # keeps small gradients from vanishing in half precision activations
 MADE_FOR = {"SD15": 512, "SD20": 512}  # px a side that a model is made for, by ComfyUI's class; all others: 1024
 TOY = 128  # px a side, below which only toy models draw, such as the bundled one
 # Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
@@ -55,10 +53,6 @@ TOY = 128  # px a side, below which only toy models draw, such as the bundled on
 TRAINING_MEMORY = 3
 KEPT_OF_LORA = 3  # times its size: AdamW's two moments and the running average
 JUDGES = ["judge", "second judge"]
-NEGATIVE_NEEDED = (
-    "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ does), but none "
-    "is connected. Connect one."
-)
 
 
 class ComfyStudent:
@@ -101,8 +95,7 @@ class ComfyStudent:
         checkpointed: bool = True,
         start: dict[str, Tensor] | None = None,
     ):
-        if negative is None and cfg != 1.0:
-            raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
+        check_negative(model, sampler, negative, cfg)
         if len(sigmas) < 2:
             raise ValueError("The schedule has no step. Set sampler_steps to 1 or more.")
         if sigmas[-1] > sigmas[0] / 10:
@@ -115,8 +108,6 @@ class ComfyStudent:
                 f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
                 "KSamplerSelect, or use sampler_name."
             )
-        if negative is None and asks_for_negative(model, sampler):
-            raise ValueError(NEGATIVE_NEEDED)
         if any(getattr(patch, "is_dynamic", bool)() for patch in model.model_patches_models()):
             raise ValueError(
                 "A patch of the model (a ControlNet of Qwen-Image or Z-Image) has weights that move while it runs, "
@@ -167,7 +158,9 @@ class ComfyStudent:
         probe = torch.tensor([0.25, 0.5, 0.75])
         low, middle, high = self.vae.process_output(probe.clone()).tolist()
         if abs(low + high - 2 * middle) > 1e-5:
-            raise ValueError("This VAE's output is no plain rescaling of pixels; gradients cannot pass through it.")
+            raise ValueError(
+                "This VAE does more to its output than rescale it, and gradients cannot pass that. Load another one."
+            )
         self._gain = (high - low) / 0.5
         self._offset = middle - self._gain * 0.5
 
@@ -394,10 +387,18 @@ def _swaps_weights(conditioning: list) -> bool:
     return any(values["hooks"].get_type(EnumHookType.Weight) for _, values in conditioning if "hooks" in values)
 
 
-def asks_for_negative(model: ModelPatcher, sampler: comfy.samplers.KSAMPLER) -> bool:
-    """Whether pictures at cfg 1 depend on the negative prompt."""
-    name = getattr(sampler.sampler_function, "__name__", "")
-    return "cfg_pp" in name or "euler_pp" in name or model.model_options.get("disable_cfg1_optimization", False)
+def check_negative(model: ModelPatcher, sampler, negative: list | None, cfg: float) -> None:
+    """Raises ValueError if pictures depend on a negative prompt, at cfg 1 too, and none is connected."""
+    if negative is not None:
+        return
+    if cfg != 1.0:
+        raise ValueError(f"cfg is {cfg} but no negative conditioning is connected. Connect one, or set cfg to 1.")
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    if "cfg_pp" in name or "euler_pp" in name or model.model_options.get("disable_cfg1_optimization", False):
+        raise ValueError(
+            "This sampler, or a patch of the model's guidance, uses the negative prompt at cfg 1 too (as CFG++ does), "
+            "but none is connected. Connect one."
+        )
 
 
 def _outside_torch(error: Exception) -> str:

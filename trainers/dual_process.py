@@ -50,7 +50,7 @@ class Settings:
             see ``augment.varied``.
         clip: gradient norm at most.
         check_every: steps between looks at the held-out seeds; 0 never looks.
-        held: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
+        stop_at: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
             ``check_every`` is not 0. With a second judge, both must reach it. Infinity: never.
         check_seeds: number of held-out seeds.
         learn_at: one of ``LEARN_AT``: the sampler's steps k that are learned from, see ``starts``. ``any step`` is the
@@ -58,8 +58,8 @@ class Settings:
         average: share of the LoRA's running average that a step keeps, 0 (the LoRA as it is) to 1. The average is what
             is checked on held-out seeds, and what is handed back.
         drift_limit: change of the held-out pictures (``guards.changes``) at which training goes back to its best look
-            and on at a third of the rate, and after ``RETREATS`` times stops; 0 never does. Read while looking. What
-            a LoRA that is continued has changed already may change by half of it more.
+            and on at a third of the rate, and after ``RETREATS`` times stops; 0 never does. What a LoRA that is
+            continued has changed already may change by half of it more. Not read if ``check_every`` is 0.
         accumulate: passes of one batch, each with a noise of its own, whose gradients make one step.
     """
 
@@ -71,7 +71,7 @@ class Settings:
     augment: float = 0.0
     clip: float = 1.0
     check_every: int = 20
-    held: float = 0.97
+    stop_at: float = 0.97
     check_seeds: int = 2
     learn_at: str = ANY_STEP
     average: float = 0.7
@@ -103,6 +103,11 @@ class Run:
     retreats: int = 0
     rate_falls: list[str] = field(default_factory=list)
     stopped: str = "all steps done"
+
+    def ended(self) -> str:
+        """How many steps were taken and why no more, for people; without a full stop."""
+        skipped = f" ({self.skipped} more had no finite gradient and were left out)" if self.skipped else ""
+        return f"{len(self.loss)} steps{skipped}: {'; '.join([*self.rate_falls, self.stopped])}"
 
 
 def train(

@@ -13,9 +13,9 @@ from torch import nn
 def multiplied_in_full(network: nn.Module) -> Iterator[None]:
     """While the context lasts, fp8 weights are multiplied in the precision that the model computes in.
 
-    ComfyUI 0.3.75's own products in fp8 stop at backward. Those of ``--fast`` and ``fp8_e4m3fn_fast`` give way in
-    passes with gradients alone, so that the anchor would pull towards the rounding of the others. Newer ComfyUIs have
-    gradients of their own for files with scales, which are left as they are.
+    ComfyUI 0.3.75's products in fp8 have no backward. Those of ``--fast`` and ``fp8_e4m3fn_fast`` are left out only in
+    passes with gradients, so the anchor would compare an exact pass with a rounded one. Newer ComfyUIs have gradients
+    of their own for files with scales; these are left alone.
     """
     fp8_linear, comfy.ops.fp8_linear = comfy.ops.fp8_linear, lambda *_: None  # as where it cannot
     fast = [module for module in network.modules() if getattr(module, "_full_precision_mm", True) is False]

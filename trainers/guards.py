@@ -65,28 +65,36 @@ def changes(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def warning(found: dict[str, float], limit: float, began: dict[str, float] | None = None) -> str:
-    """What left its range of ± ``limit``, in words such as "60 % darker, 52 % more alike"; empty when all is well.
+    """What left its range of ± ``limit``, in words such as "60% darker, 52% more alike"; empty when all is well.
 
     ``began``: the changes there were at first; what had changed then may change by half of ``limit`` more.
     """
     return ", ".join(faults(found, limit, began).values())
 
 
-def faults(found: dict[str, float], limit: float, began: dict[str, float] | None = None) -> dict[str, str]:
-    """The measures that left their range, see ``warning``, each with its words.
+def became(now: dict[str, float], first: dict[str, float]) -> str:
+    """A sentence such as "Pictures got 30% greyer", without a full stop; empty if nothing is ``NOTICEABLE``.
 
-    More different pictures are no fault, and neither are fewer burnt ones.
+    ``now`` and ``first`` are the changes after and before training: there were some before, compared with the model
+    without the LoRA, only if one is continued.
     """
-    first = _bad(began) if began else dict.fromkeys(WORDS, 0.0)
+    words = warning(now, NOTICEABLE) if now else ""
+    return words and f"Pictures got {words}" + (", compared with the model without the LoRA" if first else "")
+
+
+def faults(found: dict[str, float], limit: float, began: dict[str, float] | None = None) -> dict[str, str]:
+    """The measures that left their range, see ``warning``, each with its words."""
+    first = _harmful(began) if began else dict.fromkeys(WORDS, 0.0)
     most = {name: max(limit, abs(x) + limit / 2) for name, x in first.items()}
-    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in _bad(found).items() if abs(x) > most[name]}
+    return {name: f"{abs(x):.0%} {WORDS[name][x > 0]}" for name, x in _harmful(found).items() if abs(x) > most[name]}
 
 
 def largest_fault(found: dict[str, float]) -> float:
     """How large ``limit`` has to be for no ``faults``."""
-    return max(map(abs, _bad(found).values()))
+    return max(map(abs, _harmful(found).values()))
 
 
-def _bad(found: dict[str, float]) -> dict[str, float]:
-    bad = {name: max(found[name], 0) if name == "clipped" else found[name] for name in WORDS}
-    return bad | {"diversity": min(found["diversity"], 0)}
+def _harmful(found: dict[str, float]) -> dict[str, float]:
+    """The changes that can do harm: burning only if it grows, diversity only if it shrinks."""
+    harmful = {name: max(found[name], 0) if name == "clipped" else found[name] for name in WORDS}
+    return harmful | {"diversity": min(found["diversity"], 0)}

@@ -16,16 +16,15 @@ if TYPE_CHECKING:
     from .dual_process import Run, Settings
 
 CHECK_SEEDS = 2**31  # the held-out seeds start here
-NOISE = 0.005  # of two looks whose standings are closer than this, the later one is better
-# in a row that must hold before training stops, or half of all: pictures are still getting cleaner after the first
-LOOKS = 8
+TIE = 0.005  # of two looks whose standings are closer than this, the later one is better
+HOLDING = 8  # looks in a row, or half of all if fewer, before training stops: pictures get cleaner after the first
 
 
 @dataclass(eq=False)
 class Check:
     """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
 
-    ``pictures`` are let go, and None, once a later look is taken, but for those of the first and of the best look.
+    ``pictures`` become None once a later look is taken, except those of the first and the best look.
     ``changes``: how they differ from those of the model without the LoRA, see ``guards.changes``; empty for these.
     ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
     """
@@ -61,7 +60,7 @@ class Looks:
         first = untaught if student.lora.blank else self._look(step=0)
         run.checks.append(first)
         self._since = [first]  # the best look that training goes on from, and the fine ones since then
-        self._enough = max(1, min(LOOKS, settings.steps // (settings.check_every or 1) // 2))
+        self._enough = max(1, min(HOLDING, settings.steps // (settings.check_every or 1) // 2))
         self._keep(first)
 
     def due(self, step: int) -> bool:
@@ -81,7 +80,7 @@ class Looks:
         drift = warning(look.changes, limit, began) if watching else ""
         if not drift:
             self._since.append(look)
-            if not watching or self._standing(look) >= max(map(self._standing, self._since)) - NOISE:
+            if not watching or self._standing(look) >= max(map(self._standing, self._since)) - TIE:
                 self._keep(look)
         return drift
 
@@ -93,7 +92,7 @@ class Looks:
         """Whether every judge's standing is what the settings call held."""
         if not self.settings.check_every:
             return False
-        return min(self.objective.standing(look.scores), self._standing(look)) >= self.settings.held
+        return min(self.objective.standing(look.scores), self._standing(look)) >= self.settings.stop_at
 
     def go_back(self) -> None:
         """Give the student the LoRA of the best look; the looks after that count no longer."""

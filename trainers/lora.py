@@ -48,14 +48,14 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
             and MLP layer of the repeated blocks. Their modulation, embedding and norm layers are adapted only where
             the matched text reaches into that name, as that of ``img_mod`` does and that of ``double_blocks`` does not.
     Raises:
-        ValueError: nothing matches, the pattern is none, or the model has no such layers.
+        ValueError: nothing matches, the pattern is not a regular expression, or the model has no such layers.
     """
     try:
         wanted = re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"The LoRA targets '{pattern}' are no regular expression ({error}). Write for example 'attn', or leave "
-            "them empty to adapt attention and MLP layers."
+            f"The LoRA targets '{pattern}' are not a valid regular expression ({error}). Write 'attn', for "
+            "example, or leave them empty to adapt attention and MLP layers."
         ) from error
     targets = {}
     for block_path, block in repeated_blocks(diffusion_model):
@@ -66,8 +66,9 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
                 targets[path] = layer
     if not targets and not pattern:
         raise ValueError(
-            f"{type(diffusion_model).__name__} keeps its layers in a form that no LoRA trains on: its loader is "
-            "for drawing only (Nunchaku, TensorRT). Load the model with Load Diffusion Model or Load Checkpoint."
+            f"{type(diffusion_model).__name__} keeps its layers in a form that no LoRA can be trained on: its "
+            "loader is for inference only (Nunchaku, TensorRT). Load the model with Load Diffusion Model or Load "
+            "Checkpoint."
         )
     if not targets:
         raise ValueError(

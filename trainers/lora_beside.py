@@ -15,8 +15,9 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
-from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
+
+from .lora_fit import is_plain
 
 KEY = "dual_process_beside"
 Patches = dict[str | tuple, object]
@@ -24,7 +25,7 @@ Patches = dict[str | tuple, object]
 
 def split(patches: Patches, model: BaseModel) -> tuple[Patches, Patches]:
     """Those of ComfyUI's patches that can run beside a layer of 8 bits, and the others."""
-    beside = {key: patch for key, patch in patches.items() if _is_coarse(key, model) and _is_plain(patch)}
+    beside = {key: patch for key, patch in patches.items() if _is_coarse(key, model) and is_plain(patch)}
     return beside, {key: patch for key, patch in patches.items() if key not in beside}
 
 
@@ -98,8 +99,3 @@ def _is_coarse(key: str | tuple, model: BaseModel) -> bool:
         return False
     weight = comfy.utils.get_attr(model, key)
     return weight.ndim == 2 and (isinstance(weight, QuantizedTensor) or weight.element_size() == 1)
-
-
-def _is_plain(patch) -> bool:
-    """Whether it is a LoRA without middle, DoRA or reshaping."""
-    return isinstance(patch, LoRAAdapter) and not any(part is not None for part in patch.weights[3:])

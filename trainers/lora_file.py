@@ -29,7 +29,7 @@ def file_start(root: Path, prefix: str) -> Path:
         ValueError: ``prefix`` is empty, leads out of ``root``, or is no name that can be written.
     """
     if "\0" in prefix or root.resolve() not in (start := (root / prefix).resolve()).parents:
-        raise ValueError(f"'{prefix}' is no file name inside {root}. Use something like 'dual_process/horizon'.")
+        raise ValueError(f"'{prefix}' is not a file name inside {root}. Use something like 'dual_process/horizon'.")
     if len(start.name.encode()) > LONGEST_NAME:
         raise ValueError(f"The name '{start.name[:20]}…' is longer than {LONGEST_NAME} bytes. Choose a shorter one.")
     return start

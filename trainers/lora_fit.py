@@ -18,7 +18,7 @@ def fit(tensors: dict[str, Tensor], model: BaseModel, name: str) -> tuple[dict, 
     A relative's layers may have the same names and other sizes (SD1.5 and SDXL): those are left over too.
 
     Args:
-        name: how the LoRA is called in messages.
+        name: what the LoRA is called in messages.
     Raises:
         ValueError: nothing fits.
     """
@@ -31,10 +31,15 @@ def fit(tensors: dict[str, Tensor], model: BaseModel, name: str) -> tuple[dict, 
     if not patches:
         raise ValueError(
             f"None of the {len(tensors)} tensors of {name} fits {type(model).__name__}: it was made for another model "
-            "or is no LoRA. Choose one that was made for this model."
+            "or is not a LoRA. Choose one that was made for this model."
         )
     read = set().union(*(getattr(patch, "loaded_keys", ()) for patch in patches.values()))
     return patches, [key for key, tensor in tensors.items() if key not in read or id(tensor) in unread]
+
+
+def is_plain(patch) -> bool:
+    """Whether it is a LoRA without middle, DoRA or reshaping."""
+    return isinstance(patch, LoRAAdapter) and all(part is None for part in patch.weights[3:])
 
 
 def _same_size(patch, target: str | tuple, model: BaseModel) -> bool:

@@ -103,8 +103,8 @@ def _story(
     plan: MemoryPlan | None,
     choices: dict[str, str],
 ) -> dict:
-    """Everything that is known about how the LoRA came to be. Its ``prompts`` are their number: of some encoders, one
-    has several texts."""
+    """Everything that is known about how the LoRA came to be. ``prompts`` is their number; ``prompt_texts`` may be
+    longer, since some encoders take several texts for one."""
     return {
         "version": VERSION,
         "made_with": {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from comfy.model_base import BaseModel
-from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from .lora import LoRA
-from .lora_fit import fit
+from .lora_fit import fit, is_plain
 
 INSTEAD = "or put the file on the model with a LoRA loader: the trainer then learns a second LoRA on top of it."
 
@@ -28,7 +27,7 @@ def start_from(lora: LoRA, tensors: dict[str, Tensor], model: BaseModel) -> None
     """
     patches, left_over = fit(tensors, model, "the LoRA to continue")
     adapters = {f"diffusion_model.{path}.weight": adapter for path, adapter in zip(lora.paths, lora.adapters)}
-    strange = [key for key, patch in patches.items() if key not in adapters or not _is_plain(patch)]
+    strange = [key for key, patch in patches.items() if key not in adapters or not is_plain(patch)]
     _refuse_strange(strange or left_over)
     for key, patch in patches.items():
         up, down, alpha, *_ = patch.weights
@@ -38,10 +37,6 @@ def start_from(lora: LoRA, tensors: dict[str, Tensor], model: BaseModel) -> None
         scale = 1.0 if alpha is None else alpha / rank
         adapter.A.copy_(down)
         adapter.B.copy_(up.float() * (scale / adapter.scale))
-
-
-def _is_plain(patch) -> bool:
-    return isinstance(patch, LoRAAdapter) and all(extra is None for extra in patch.weights[3:])
 
 
 def _refuse_strange(names: list) -> None:

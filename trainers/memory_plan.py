@@ -20,8 +20,8 @@ from .objective import Objective
 from .self_check import SEED
 
 NEED_LESS = (
-    "Less memory is needed for smaller pictures, for fewer at once ('accumulate' makes up for that), with a smaller "
-    "judge or one in 4 bits, and with a smaller model or one in fp8."
+    "To need less memory, draw smaller pictures or fewer at once ('accumulate' makes up for that), or use a smaller "
+    "judge or one in 4 bits, or a smaller model or one in fp8."
 )
 HEADROOM = 1.3  # of what is counted: scratch space of kernels, holes of the allocator
 

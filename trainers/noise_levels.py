@@ -10,8 +10,8 @@ from torch import Tensor
 def noise_levels(
     model, steps: int, sampler_name: str, scheduler: str, sampler=None, sigmas: Tensor | None = None
 ) -> Tensor:
-    """Sigmas ``[K + 1]``, falling: those given, KSampler's or, for a given sampler, SamplerCustom's, which unlike
-    KSampler's are the same for every sampler.
+    """Sigmas ``[K + 1]``, falling. Given ones are returned as they are; with a connected ``sampler`` they are
+    SamplerCustom's, otherwise KSampler's, which leaves a level out for some samplers.
 
     Args:
         model: MODEL whose schedule counts.

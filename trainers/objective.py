@@ -45,8 +45,6 @@ class Objective:
     before: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if not self.questions:
-            raise ValueError("No question is connected. Add a Question node and connect it to the trainer.")
         if not any(question.role == TEACH for question in self.questions):
             raise ValueError(
                 "No question teaches: each is one to keep or only watched (weight 0). Add a Question with 'keep' off."

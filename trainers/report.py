@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..vlm.question import TEACH
 from .dual_process import Run
-from .guards import NOTICEABLE, RELATIVE, faults, warning
+from .guards import NOTICEABLE, RELATIVE, became, faults
 from .looks import CHECK_SEEDS
 from .sheet import GAP, INK, PAPER, font, grid, to_image
 
@@ -59,12 +59,12 @@ class Report:
         self.before, self.after = run.checks[0], run.checks[-1]
         looks = {check.step: replace(check, pictures=None) for check in run.checks}  # the kept one may come twice
         self.checks = [looks[step] for step in sorted(looks)]
-        self.loss, self.scores = run.loss, run.scores
+        self.loss, self.scores, self.ended = run.loss, run.scores, run.ended()
 
     @property
     def title(self) -> str:
         """What was taught; what had only to stay, or was watched, is left out."""
-        return "; ".join(f"{q['text']} {q['answer']}" for q in self.story["questions"] if q["role"] == TEACH)
+        return self.header["modelspec.title"]
 
     @property
     def last_step(self) -> int:
@@ -101,18 +101,12 @@ class Report:
 
     def outcome(self) -> str:
         """How the run ended, in a sentence."""
-        skipped = self.story["steps_skipped"]
-        left_out = f" ({skipped} more had no finite gradient and were left out)" if skipped else ""
-        end = "; ".join([*self.story["rate_falls"], self.story["stopped"]])
-        return f"{len(self.loss)} steps{left_out}: {end}. Kept: the LoRA of step {self.after.step}."
+        return f"{self.ended}. Kept: the LoRA of step {self.after.step}."
 
     def changed(self) -> str:
         """What became of the pictures besides, in a sentence."""
-        drift = warning(self.after.changes, NOTICEABLE) if self.after.changes else ""
-        than = ", compared with the model without the LoRA" if self.before.changes else ""
-        if drift:
-            return f"Pictures got {drift}{than}."
-        return f"No measure of the pictures changed by more than {NOTICEABLE:.0%}{than}."
+        noticed = became(self.after.changes, self.before.changes)
+        return f"{noticed or f'No measure of the pictures changed by more than {NOTICEABLE:.0%}'}."
 
 
 def numbers(report: Report) -> dict:
@@ -128,9 +122,9 @@ def numbers(report: Report) -> dict:
 def page(report: Report) -> str:
     """One HTML file that needs no other: pictures and curves are in it, and nothing is loaded or run."""
     several = len(report.story["questions"]) > 1
-    stop_at = report.story["settings"]["held"]
+    stop_at = report.story["settings"]["stop_at"]
     scores = [_score_lines(report.curve(n), n, report.last_step) for n in range(len(report.story["questions"]))]
-    looks = _svg([*scores, _level(stop_at, "stop at"), _kept(report)], ["0 %", "50 %", "100 %"], report.last_step)
+    looks = _svg([*scores, _level(stop_at, "stop at"), _kept(report)], ["0%", "50%", "100%"], report.last_step)
     top = max(report.loss, default=0) or 1.0
     loss = [(step, value / top) for step, value in enumerate(report.loss, 1)]
     losses = _svg(
@@ -202,7 +196,7 @@ def _questions(report: Report) -> str:
         ]
         for n, question in enumerate(report.story["questions"])
     ]
-    return _table(["question", "wanted", "weight", "is there to", "guide", *judges], rows, swatch=True)
+    return _table(["question", "wanted", "weight", "role", "guide", *judges], rows, swatch=True)
 
 
 def _changes(report: Report) -> str:
@@ -243,7 +237,7 @@ def _settings(report: Report) -> str:
         "LoRA": f"rank {header['ss_network_dim']}, alpha {story['alpha']:g}, {story['layers']} layers",
         "checkpointing": header["ss_gradient_checkpointing"],
         "objective": f"{story['objective']}, target {story['target']:g}",
-        **{{"held": "stop_at"}.get(name, name): value for name, value in story["settings"].items()},
+        **story["settings"],
         "Dual-Process": story["version"],
         **story["made_with"],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,6 +19,17 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def to_image(picture: Tensor) -> Image.Image:
     """A picture [3, H, W] in 0..1 (values outside are clipped)."""
     return Image.fromarray((picture.clamp(0, 1) * 255).byte().movedim(0, -1).cpu().numpy())
+
+
+def from_image(image: Image.Image) -> Tensor:
+    """As a ComfyUI IMAGE [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.array(image))[None].float() / 255
+
+
+def contact_sheet(*batches: Tensor, most: int = 4) -> Image.Image:
+    """The first pictures of batches [B, 3, H, W] in 0..1, as many of each, a row for each."""
+    columns = min(most, *map(len, batches))
+    return to_image(torch.cat([torch.cat(list(batch[:columns].cpu()), dim=-1) for batch in batches], dim=-2))
 
 
 def grid(rows: list[list[Image.Image]], headings: list[str]) -> Image.Image:

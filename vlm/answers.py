@@ -30,9 +30,8 @@ def log_odds(
 
 @torch.no_grad()
 def never_answered(judge, images: Tensor, questions: Sequence[Question]) -> list[Question]:
-    """The questions that the judge answers neither with Yes nor with No, though one is wanted: whose probabilities
-    together stay below ``SELDOM`` on pictures ``[B, 3, H, W]``, as a mean; compared with themselves where a question
-    compares."""
+    """Yes/No questions that the judge hardly ever answers so: Yes and No together get less than ``SELDOM`` of its
+    probability, as a mean over pictures ``[B, 3, H, W]``. A before/after question is shown each picture twice."""
     log_p, odds = log_odds(judge, images, questions, images)
     given = [(p.exp() + (p - ahead).exp()).mean() for p, ahead in zip(log_p.T, odds) if ahead is not None]
     closed = [question for question, ahead in zip(questions, odds) if ahead is not None]

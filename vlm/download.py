@@ -17,7 +17,7 @@ LAST = "config.json"  # comes last: where it is, everything else is too
 def place_of(hub_id: str, root: Path) -> Path:
     """The folder ``root/<owner>/<name>`` of a model of the Hub; raises ValueError when the id has another form."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id, re.ASCII):
-        raise ValueError(f'"{hub_id}" is no hub id: it has the form owner/name, such as Qwen/Qwen2.5-VL-7B-Instruct.')
+        raise ValueError(f'"{hub_id}" is not a hub id, which has the form owner/name: Qwen/Qwen2.5-VL-7B-Instruct.')
     return root.joinpath(*hub_id.split("/"))
 
 
@@ -36,7 +36,7 @@ def download_judge(hub_id: str, root: Path, report: Callable[[int, int], None] =
         The model's folder.
 
     Raises:
-        ValueError: the id is none, or the Hub does not know it or does not give it away.
+        ValueError: it is not a hub id, or the Hub does not know it or refuses it.
         ConnectionError: the Hub cannot be reached, or the disk is full.
     """
     from huggingface_hub import HfApi
@@ -50,7 +50,7 @@ def download_judge(hub_id: str, root: Path, report: Callable[[int, int], None] =
     except (HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
             raise ValueError(
-                f"The Hub does not give {hub_id} away ({_first_line(error)}): check the id and the model's terms."
+                f"The Hub refuses {hub_id} ({_first_line(error)}): check the id, and accept the model's terms there."
             ) from error
         raise ConnectionError(
             f"{hub_id} could not be downloaded ({_first_line(error)}): check the connection and the disk and try again "

@@ -70,7 +70,7 @@ class Palette:
         colours: red, green and blue of each swatch, 0..255, left to right.
 
     Raises:
-        ValueError: there is no colour.
+        ValueError: there is not a colour.
     """
 
     colours: tuple[Colour, ...]
@@ -144,7 +144,7 @@ class Points:
 
 @dataclass(frozen=True, eq=False)
 class Areas:
-    """Areas outlined in red, each with what belongs into it written in its middle.
+    """Areas outlined in red, each with what belongs in it written in its middle.
 
     Args:
         masks: ``[N, h, w]``, 1 inside the area, stretched over the frame.
@@ -205,7 +205,7 @@ def parse_colours(text: str) -> tuple[Colour, ...]:
 def _parse_colour(code: str) -> Colour:
     digits = code.removeprefix("#")
     if not re.fullmatch("[0-9a-fA-F]{3}|[0-9a-fA-F]{6}", digits):
-        raise ValueError(f'"{code}" is no colour: write hex codes of six digits such as #e07a5f.')
+        raise ValueError(f'"{code}" is not a colour: write hex codes of six digits such as #e07a5f.')
     if len(digits) == 3:
         digits = "".join(2 * digit for digit in digits)
     return tuple(bytes.fromhex(digits))

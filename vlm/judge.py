@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .look import Look
-from .overlay import look_by_guide
+from .overlay import as_batches, look_by_guide
 from .prompts import PromptWriter
 from .question import Question
 from .seen import seen_picture
@@ -23,7 +23,7 @@ class Judge:
     Args:
         model: a transformers image-text-to-text model; its parameters are frozen here.
         processor: the model's own processor, with an image processor that works on tensors.
-        name: how the judge is called in messages.
+        name: what the judge is called in messages.
         system: system prompt; empty for none.
         suffix: text added to every question, for example "Answer with Yes or No."
         template: prompt for models without a chat template, with ``{image}`` and ``{question}`` in it.
@@ -79,7 +79,7 @@ class Judge:
         Raises:
             ValueError: the model cannot read the pictures, an answer has no token, or ``before`` is missing.
         """
-        return look_by_guide(self._scores, self._shown(images), questions, before)
+        return look_by_guide(self._scores, as_batches(images, self.device), questions, before)
 
     def _scores(self, shown: list[Tensor], questions: Sequence[Question]) -> Tensor:
         """Mean log-likelihood per answer token ``[B, Q]`` of questions about the same pictures."""
@@ -100,7 +100,7 @@ class Judge:
             ValueError: the family does not take this many pictures.
         """
         pictures = [images] if isinstance(images, Tensor) else images
-        shown = self._shown([picture if picture.ndim == 4 else picture[None] for picture in pictures])
+        shown = as_batches([picture if picture.ndim == 4 else picture[None] for picture in pictures], self.device)
         sizes = [tuple(batch.shape[-2:]) for batch in shown]
         prompt = self.prompts.inputs.text(self.prompts.render(text, len(shown)), sizes)
         features = {**{key: value.to(self.device) for key, value in prompt.items()}, **self._pixels(shown)}
@@ -111,12 +111,6 @@ class Judge:
     def seen(self, pictures: Sequence[Tensor]) -> Tensor:
         """What the model is shown of pictures ``[3, H, W]`` at once, as one picture; see ``seen_picture``."""
         return seen_picture(self.prompts.inputs, pictures)
-
-    def _shown(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """The pictures as batches of one length on the judge's device."""
-        batches = [images] if isinstance(images, Tensor) else list(images)
-        rows = max(batch.shape[0] for batch in batches)
-        return [batch.to(self.device, torch.float32).expand(rows, -1, -1, -1) for batch in batches]
 
     def _pixels(self, shown: list[Tensor]) -> dict[str, Tensor]:
         """The picture side of the model's inputs, in the model's dtype."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,20 +31,20 @@ def discover_judges(roots: list[Path]) -> dict[str, Path]:
     Returns:
         Name (path below its root, with forward slashes) to folder; the first root wins a name.
     """
-    found: dict[str, Path] = {}
-    for root in roots:
-        for config in sorted((*root.glob("*/config.json"), *root.glob("*/*/config.json"))):
-            if _sees(config):
-                found.setdefault(config.parent.relative_to(root).as_posix(), config.parent)
-    return found
+    return _found(roots, "config.json", _sees)
 
 
 def discover_adapters(roots: list[Path]) -> dict[str, Path]:
     """Folders with a PEFT LoRA, one or two levels below the roots; returned as by ``discover_judges``."""
+    return _found(roots, _ADAPTER[0])
+
+
+def _found(roots: list[Path], file: str, wanted: Callable[[Path], bool] = Path.is_file) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in roots:
-        for config in sorted((*root.glob(f"*/{_ADAPTER[0]}"), *root.glob(f"*/*/{_ADAPTER[0]}"))):
-            found.setdefault(config.parent.relative_to(root).as_posix(), config.parent)
+        for path in sorted((*root.glob(f"*/{file}"), *root.glob(f"*/*/{file}"))):
+            if wanted(path):
+                found.setdefault(path.parent.relative_to(root).as_posix(), path.parent)
     return found
 
 
@@ -58,7 +59,7 @@ def check_folder(folder: Path, root: Path | None = None) -> None:
         JudgeFolderError: with the file and the reason.
     """
     if not (folder / "config.json").is_file():
-        raise JudgeFolderError(f"{folder} is no model folder: it has no config.json.")
+        raise JudgeFolderError(f"{folder} is not a model folder: it has no config.json.")
     _check_links(folder, root or folder)
     config = _read(folder / "config.json")
     if not any((folder / name).is_file() for name in _PROCESSOR):
@@ -132,7 +133,7 @@ def check_adapter(folder: Path, root: Path | None = None) -> None:
     """Refuse a LoRA folder that is incomplete, truncated or a pickle; raises ``JudgeFolderError``."""
     config, weights = (folder / name for name in _ADAPTER)
     if not config.is_file():
-        raise JudgeFolderError(f"{folder} is no LoRA folder: it has no {config.name}.")
+        raise JudgeFolderError(f"{folder} is not a LoRA folder: it has no {config.name}.")
     _check_links(folder, root or folder)
     _read(config)
     if not weights.is_file():
@@ -242,7 +243,7 @@ def _weights(folder: Path) -> list[Path]:
         names = sorted(set(_read(index).get("weight_map", {}).values()))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise JudgeFolderError(f'{index} names "{name}", which is no safetensors file of this folder.')
+                raise JudgeFolderError(f'{index} names "{name}", which is not a safetensors file of this folder.')
             if not (folder / name).is_file():
                 raise JudgeFolderError(f"{folder / name} is missing: download it; the weights are {len(names)} files.")
         return [folder / name for name in names]

@@ -31,7 +31,7 @@ class Look:
 
     Args:
         model: image-text-to-text model.
-        name: how the judge is called in messages.
+        name: what the judge is called in messages.
     """
 
     def __init__(self, model, name: str):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
-from .overlay import look_by_guide
+from .overlay import as_batches, look_by_guide
 from .question import Question
 from .seen import side_by_side
 
@@ -35,7 +35,7 @@ class NativeJudge:
 
     Args:
         clip: a ``comfy.sd.CLIP`` holding ComfyUI's Qwen3-VL, loaded on its device when it is asked.
-        name: how the judge is called in messages.
+        name: what the judge is called in messages.
     """
 
     gradient_scale = 1.0  # fp32 arithmetic
@@ -60,10 +60,7 @@ class NativeJudge:
         self, images: Tensor | Sequence[Tensor], questions: Sequence[Question], before: Tensor | None = None
     ) -> Tensor:
         """As ``Judge.log_likelihood``: ``[B, Q]`` float32, differentiable with respect to the pictures."""
-        batches = [images] if isinstance(images, Tensor) else list(images)
-        rows = max(batch.shape[0] for batch in batches)
-        shown = [batch.to(self.device, torch.float32).expand(rows, -1, -1, -1) for batch in batches]
-        return look_by_guide(self._rows, shown, questions, before)
+        return look_by_guide(self._rows, as_batches(images, self.device), questions, before)
 
     @torch.no_grad()
     def ask(self, images: Tensor | Sequence[Tensor], text: str, max_new_tokens: int = 64) -> str:

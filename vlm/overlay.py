@@ -167,6 +167,13 @@ def under(guide: Guide | None, pictures: Sequence[Tensor]) -> list[Tensor]:
     return [shown[0] for shown in guide.shown([picture[None] for picture in pictures])]
 
 
+def as_batches(images: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Pictures shown at once as float32 batches ``[B, 3, H, W]`` of one length on ``device``."""
+    batches = [images] if isinstance(images, Tensor) else list(images)
+    rows = max(map(len, batches))
+    return [batch.to(device, torch.float32).expand(rows, -1, -1, -1) for batch in batches]
+
+
 def look_by_guide(
     look: Callable[[list[Tensor], list], Tensor], pictures: list[Tensor], questions: Sequence, before: Tensor | None
 ) -> Tensor:

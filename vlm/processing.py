@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,7 +26,7 @@ class ModelInputs:
 
     Args:
         processor: a transformers processor with an image processor and a tokenizer.
-        name: how the judge is called in error messages.
+        name: what the judge is called in error messages.
         probe: a rendered prompt with one picture, on which the processor is tried out.
 
     Raises:
@@ -139,4 +138,4 @@ def _ramp(height: int, width: int) -> Tensor:
 
 
 def _pil(picture: Tensor) -> Image.Image:
-    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy().astype(np.uint8))
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())

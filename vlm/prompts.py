@@ -35,7 +35,7 @@ class PromptWriter:
 
     Args:
         processor: a transformers processor with an image processor and a tokenizer.
-        name: how the judge is called in error messages.
+        name: what the judge is called in error messages.
         system: system prompt; empty for none.
         suffix: text added to every question after a space, for example "Answer with Yes or No."
         template: prompt for models without a chat template, with ``{image}`` and ``{question}`` in it; used in
