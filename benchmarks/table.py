@@ -34,7 +34,7 @@ class Table:
     def add(self, name: str, seed: int, lesson: Lesson, goals: dict[str, str], more: dict | None = None) -> None:
         """Measure a lesson and write it down, with what ``more`` is known."""
         run = lesson.run
-        row = {"row": name, "seed": seed, "steps": len(run.loss), "stopped": run.stopped}
+        row = {"row": name, "seed": seed, "pictures": len(lesson.after), "steps": len(run.loss), "stopped": run.stopped}
         row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores if run.checks else None}
         row |= {"drift": max((largest_fault(check.changes) for check in run.checks if check.changes), default=None)}
         for about, answer in goals.items():

@@ -244,6 +244,7 @@ LESSONS = [
         "Is this a photo of a lake?" + SUFFIX,
         guide="DualProcessHorizonGuide",
         try_this="Move the line with *height*.",
+        training=FOLLOWING,
     ),
     Lesson(
         "Teach a palette",
@@ -253,7 +254,7 @@ LESSONS = [
         "Is this a painting of a street market?" + SUFFIX,
         guide="DualProcessPaletteGuide",
         try_this="Type other hex codes, or connect a picture to *reference*.",
-        training=ALL_CHANGES,
+        training=ALL_CHANGES | FOLLOWING,
     ),
     Lesson(
         "Teach line weight",
@@ -263,6 +264,7 @@ LESSONS = [
         "Is this a line drawing of a house?" + SUFFIX,
         guide="DualProcessLineWeightGuide",
         try_this="Change *pixels*.",
+        training=FOLLOWING,
     ),
     Lesson(
         "Teach depth",
@@ -272,6 +274,7 @@ LESSONS = [
         "Is this a photo of two chairs in a garden?" + SUFFIX,
         guide="DualProcessDepthGuide",
         try_this="Move the points.",
+        training=FOLLOWING,
     ),
     Lesson(
         "Teach a composition",
@@ -283,6 +286,7 @@ LESSONS = [
         guide_values={"labels": "house"},
         try_this="Paint your own area: *Load Image*, *Open in MaskEditor*, and connect its mask instead. A batch of "
         "masks makes several areas, with one label per line.",
+        training=FOLLOWING,
     ),
     Lesson(
         "Teach common sense",
@@ -301,7 +305,7 @@ LESSONS = [
         "a photo of a beach",
         "Is this a photo of a beach?" + SUFFIX,
         guide="DualProcessBeforeAfterGuide",
-        training=ALL_CHANGES,
+        training=ALL_CHANGES | FOLLOWING,
         try_this='Ask for another change: "Is the second picture more ... than the first? Answer with Yes or No." '
         "The judge has to be a model that takes two pictures at once.",
     ),

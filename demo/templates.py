@@ -202,9 +202,9 @@ def training_note(lesson: Lesson, models: Models) -> str:
         tiny = "The tiny version differs in the loaders, the questions"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
-        "**Not measured:** nobody has made a result with these weights yet. Learning rate, steps and rank are near "
-        f"the paper's and a place to start from.\n\n{tiny}, the picture size and number, the prompt, and the trainer's "
-        "settings.\n"
+        "**Not measured:** nobody has made a result with these weights yet. Steps and rank are the paper's, the "
+        f"learning rate moves layers about as far in a step, and the rest did best with the tiny models.\n\n"
+        f"{tiny}, the picture size and number, the prompt, and the trainer's settings.\n"
     )
 
 

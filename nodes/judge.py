@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..vlm.judge import beside
-from ..vlm.overlay import by_guide, under
+from ..vlm.overlay import by_guide, shown_with, under
 from ..vlm.ranking import rank, score_table
 from ..vlm.seen import side_by_side
 from .types import CATEGORY, GuideType, JudgeType, QuestionsType
@@ -161,7 +161,8 @@ class SeenByJudge(io.ComfyNode):
         seen, lines = [], []
         for n, pictures in enumerate(beside(_channels_first(reference), _channels_first(images)), 1):
             for guide, members in by_guide(questions).items():
-                seen.append(look(under(guide, pictures)).movedim(0, -1).cpu())
+                at_once = under(guide, shown_with(guide, pictures, questions))
+                seen.append(look(at_once).movedim(0, -1).cpu())
                 lines.append(f"picture {n}: " + " | ".join(questions[i].text.strip() for i in members))
         shown = {**ui.PreviewImage(seen, cls=cls).as_dict(), "text": ("\n".join(lines),)}
         return io.NodeOutput([picture[None] for picture in seen], ui=shown)

@@ -14,11 +14,11 @@ from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from server import PromptServer
 from torch import Tensor
 
-from ..trainers.comfy_student import TOY, ComfyStudent
+from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import became
-from ..trainers.looks import CHECK_SEEDS
+from ..trainers.looks import CHECK_SEEDS, percent
 from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
 from ..trainers.memory_plan import plan_memory, try_step
@@ -154,7 +154,7 @@ def is_saved(graph: dict[str, dict], trainer: str) -> bool:
 
 def bundled_judge_warning(name: str, student: ComfyStudent) -> str:
     """That a bundled judge is asked about other pictures than those it knows; empty when it is not."""
-    if name not in (BUNDLED_JUDGE, BUNDLED_GUIDE_READER) or max(student.size) <= TOY:
+    if name not in (BUNDLED_JUDGE, BUNDLED_GUIDE_READER) or student.toy:
         return ""
     return f"The {name} knows nothing but the bundled model's landscapes: choose another judge for this model."
 
@@ -271,11 +271,7 @@ class Progress:
         if kept is first:
             brought = f"Held-out seeds: {percent(first.scores)}; {NOTHING_LEARNED}. " if run.loss else ""
         second = f". Second judge: {percent(first.second)} before, {percent(kept.second)} after" if kept.second else ""
-        sentences = filter(None, [f"{brought}{run.ended()}{second}", became(kept.changes, first.changes)])
-        text = " ".join(filter(None, [*(f"{sentence}." for sentence in sentences), self.warned, reminder]))
+        ended = f"{run.ended()}{second}"
+        sentences = filter(None, [run.proved(), ended, became(kept.changes, first.changes)])
+        text = brought + " ".join(filter(None, [*(f"{sentence}." for sentence in sentences), self.warned, reminder]))
         PromptServer.instance.send_progress_text(text, self.node_id)
-
-
-def percent(scores: list[float]) -> str:
-    """The scores [Q] of all questions, for people."""
-    return ", ".join(f"{score:.0%}" for score in scores)

@@ -25,7 +25,7 @@ from dual_process.trainers.dual_process import (
     train,
 )
 from dual_process.trainers.guards import warning
-from dual_process.trainers.looks import HOLDING, Looks
+from dual_process.trainers.looks import HOLDING, UNSEEN_SEEDS, Looks
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
 from dual_process.vlm.question import Question
@@ -68,6 +68,7 @@ class GreyStudent:
     """Draws grey pictures of brightness 0.3 plus a little noise plus the LoRA's shift, in one step."""
 
     steps = prompts = 1
+    prompt = 0
     gradient_scale = 4.0
     takes_turns = False
 
@@ -228,6 +229,33 @@ def test_what_a_continued_lora_has_to_keep_is_that_of_the_model_without_it():
     assert "brighter" in looks.take(2)
 
 
+def test_what_each_prompt_has_to_keep_is_its_own():
+    """One prompt draws bright pictures, one dark ones: the dark ones are not to become as bright as the mean."""
+
+    class TwoPrompts(GreyStudent):
+        prompts = 2
+
+        def use_prompt(self, index):
+            self.prompt = index
+
+        def predict(self, x, k):
+            return super().predict(x, k) + (0.3 if self.prompt else -0.1)
+
+        def draw(self, seed, prompt=0):
+            self.use_prompt(prompt)
+            return super().draw(seed)
+
+    class Noted(Objective):
+        def of(self, prompt):
+            used[prompt] = super().of(prompt).before[1]
+            return super().of(prompt)
+
+    asked, used = [Question("Is it a picture?"), Question("Is it bright?", keep=True)], {}
+    train(TwoPrompts(), BrightnessJudge(), Noted(asked), Settings(steps=9, check_seeds=4), lambda *_: None)
+    for prompt, brightness in enumerate((0.2, 0.6)):
+        assert used[prompt] == pytest.approx(1 / (1 + math.exp(-8 * (brightness - 0.5))), abs=0.01)
+
+
 def test_a_step_that_runs_out_of_memory_begins_again_with_everything_recomputed():
     class Crowded(GreyStudent):
         passes = 0
@@ -302,9 +330,23 @@ def test_the_anchor_holds_back():
 
 def test_training_never_sees_the_held_out_seeds():
     student, run, _ = teach(check_seeds=3)
-    checks = {s for s in student.seeds if 2**31 <= s < 2**32}
-    assert checks == {2**31, 2**31 + 1, 2**31 + 2}
-    assert all(s >= 2**32 for s in student.seeds if s not in checks)
+    looked_at = [s for s in student.seeds if s < 2**32]
+    assert set(looked_at[:-6]) == {2**31, 2**31 + 1, 2**31 + 2}
+    other = [UNSEEN_SEEDS, UNSEEN_SEEDS + 1, UNSEEN_SEEDS + 2]
+    assert looked_at[-6:] == other * 2, "drawn at the end, without the LoRA and with it"
+
+
+def test_at_the_end_pictures_are_judged_by_which_nothing_was_chosen():
+    student, run, _ = teach(check_seeds=3)
+    before, after = run.unseen
+    assert len(before.pictures) == len(after.pictures) == 6 and before.step == 0 and after.step == run.checks[-1].step
+    with student.lora.disabled():
+        drawn = torch.cat([student.draw(UNSEEN_SEEDS + i) for i in range(3)])
+    assert torch.equal(before.pictures, drawn) and not torch.equal(after.pictures, drawn)
+    assert before.scores[0] < 0.2 < 0.9 < after.scores[0] and after.changes["luminance"] > 0
+    assert run.proved().startswith("6 other pictures, by which nothing was chosen: ")
+    for none in (teach(steps=2, check_every=0)[1], teach("No", stop_at=0.7, anchor=0.0)[1]):
+        assert none.unseen is None and none.proved() == ""
 
 
 def test_a_look_asks_about_no_more_pictures_at_once_than_a_step():
@@ -335,7 +377,7 @@ def test_a_run_whose_pictures_drift_goes_back_and_on_more_carefully_and_ends_at_
     student, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1)
     *_, drifted, kept = run.checks
     said = warning(drifted.changes, 0.1)
-    assert run.stopped == f"at step {drifted.step}, because pictures got {said}" and said
+    assert said and run.stopped.startswith(f"at step {drifted.step}, because pictures got {said} (")
     ruined = [check.step for check in run.checks[1:] if warning(check.changes, 0.1)]
     retreats = ruined[:-1]
     assert ruined[-1] == drifted.step and len(retreats) == 3 and not warning(kept.changes, 0.1)

@@ -19,6 +19,7 @@ from dual_process.vlm.overlay import (
     Overlay,
     PlacedPicture,
     by_guide,
+    look_by_guide,
     on_white,
 )
 from dual_process.vlm.question import Question
@@ -215,6 +216,21 @@ def test_the_story_is_enough_to_draw_it_again():
 def test_a_place_outside_the_frame_is_one_sentence(bad):
     with pytest.raises(ValueError, match="of the guide is .*: give a share from 0 to 1"):
         PlacedPicture(RED, **bad)
+
+
+def test_only_what_compares_is_asked_with_the_picture_before():
+    """Beside a question that compares, another is about the picture alone, not about the two."""
+    pictures = [torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)]
+    compares, plain = Question("Is the second warmer?", guide=BeforeAfter()), Question("Is it a beach?")
+    asked = []
+
+    def look(shown, questions):
+        asked.append(len(shown))
+        return torch.zeros(1, len(questions))
+
+    look_by_guide(look, pictures, [compares, plain], None)
+    look_by_guide(look, pictures, [plain], None)
+    assert asked == [2, 1, 2], "without a question that compares, a reference belongs to all"
 
 
 def test_on_white():

@@ -102,6 +102,14 @@ def test_what_is_only_watched_is_told_but_is_not_what_was_taught(told):
         assert words in read.text, words
 
 
+def test_what_nothing_was_chosen_by_is_told(told):
+    from dual_process.trainers.report import page
+
+    run, report = told(second=True)
+    assert "unseen" in report.story and len(report.story["unseen"]) == (2 if run.unseen else 0)
+    assert run.proved() in Page(page(report)).text
+
+
 def test_one_judge_and_a_run_without_a_step(told):
     from dual_process.trainers.report import page, sheet
 

@@ -138,10 +138,10 @@ def test_what_is_known_of_the_graph(trainer):
     assert not trainer.is_saved({**graph, **through}, "7")
     through["9"]["inputs"]["lora"] = ["8", 0]
     assert trainer.is_saved({**graph, **through}, "7")
-    large, small = (SimpleNamespace(size=size) for size in ((512, 64), (64, 64)))
+    real, toy = (SimpleNamespace(toy=toy) for toy in (False, True))
     bundled = trainer.BUNDLED_JUDGE
-    assert bundled in trainer.bundled_judge_warning(bundled, large)
-    assert trainer.bundled_judge_warning(bundled, small) == trainer.bundled_judge_warning("Qwen", large) == ""
+    assert bundled in trainer.bundled_judge_warning(bundled, real)
+    assert trainer.bundled_judge_warning(bundled, toy) == trainer.bundled_judge_warning("Qwen", real) == ""
 
 
 def test_what_cannot_be_read_from_the_rest_is_written_down(lab, trained):
@@ -153,6 +153,15 @@ def test_what_cannot_be_read_from_the_rest_is_written_down(lab, trained):
         **{"sampler": "euler", "scheduler": "normal", "negative prompt": "none", "targets": "attn"},
         **{"continued from": "(a new LoRA)"},
     }
+
+
+def test_live_pictures_are_a_row_of_held_out_seeds_above_one_of_the_step():
+    from dual_process.trainers.sheet import contact_sheet
+
+    held_out, step = torch.zeros(6, 3, 8, 10), torch.full((1, 3, 8, 10), 0.5)
+    sheet = contact_sheet(held_out, step)
+    assert sheet.size == (40, 16)
+    assert [sheet.getpixel(at)[0] for at in ((39, 7), (9, 8), (10, 8))] == [0, 127, 255]
 
 
 def test_a_list_that_is_not_read_is_not_checked(lab, trained):

@@ -47,7 +47,7 @@ from .prompts import single_prompts
 KEY = "dual_process"
 CONDITIONING_SEED = 0  # of conditionings that hold noise, such as unCLIP's; they are made once, for all draws
 MADE_FOR = {"SD15": 512, "SD20": 512}  # px a side that a model is made for, by ComfyUI's class; all others: 1024
-TOY = 128  # px a side, below which only toy models draw, such as the bundled one
+TOY = 50_000_000  # numbers in the weights of a diffusion model, below which it is a toy, such as the bundled one
 # Activations kept for backward, in units of ComfyUI's estimate for inference. What autograd saved in a decode of SD's
 # VAE was 2.6 times ComfyUI 0.33's estimate, of Wan's 2.9 times.
 TRAINING_MEMORY = 3
@@ -58,8 +58,8 @@ JUDGES = ["judge", "second judge"]
 class ComfyStudent:
     """What the loop trains: rolls out, predicts x0, decodes, and owns the LoRA.
 
-    Attributes for the loop: ``steps`` of the schedule, ``prompts`` to choose from, ``lora``, and ``gradient_scale``,
-    by which gradients are to be multiplied on their way through VAE and generator.
+    Attributes for the loop: ``steps`` of the schedule, ``prompts`` to choose from, ``prompt`` in use, ``lora``, and
+    ``gradient_scale``, by which gradients are to be multiplied on their way through VAE and generator.
 
     Args:
         model: ComfyUI MODEL; it is cloned, and the weights it shares are bit-identical after ``run``.
@@ -170,11 +170,16 @@ class ComfyStudent:
         scale = self.vae.spacial_compression_decode()
         return self.latent.shape[-2] * scale, self.latent.shape[-1] * scale
 
+    @property
+    def toy(self) -> bool:
+        """Whether the model is much smaller than any that people draw with."""
+        return sum(weight.numel() for weight in self.model.model.diffusion_model.parameters()) < TOY
+
     def size_warning(self) -> str:
         """What training on pictures much smaller than the model is made for does; empty when they are not."""
         height, width = self.size
         made_for = MADE_FOR.get(type(self.model.model.model_config).__name__, 1024)
-        if not TOY**2 < height * width < made_for**2 / 4:
+        if self.toy or height * width >= made_for**2 / 4:
             return ""
         return (
             f"Training at {width}x{height}, while most models of this kind are made for about {made_for}x{made_for}: "
@@ -253,7 +258,7 @@ class ComfyStudent:
 
     def use_prompt(self, index: int) -> None:
         """Draw with prompt ``index`` (0 <= index < prompts) from now on."""
-        self._guider.conds = self._conds[index]
+        self.prompt, self._guider.conds = index, self._conds[index]
 
     def noise(self, seed: int) -> Tensor:
         """Unit Gaussian noise in the latent's shape, the same that KSampler draws for this seed."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dual_process import Run, Settings
 
 CHECK_SEEDS = 2**31  # the held-out seeds start here
+UNSEEN_SEEDS = CHECK_SEEDS + 2**30  # and those that are drawn but once, at the end
 TIE = 0.005  # of two looks whose standings are closer than this, the later one is better
 HOLDING = 8  # looks in a row, or half of all if fewer, before training stops: pictures get cleaner after the first
 
@@ -27,6 +28,7 @@ class Check:
     ``pictures`` become None once a later look is taken, except those of the first and the best look.
     ``changes``: how they differ from those of the model without the LoRA, see ``guards.changes``; empty for these.
     ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
+    ``by_prompt``: mean score [Q] of the pictures of each prompt that was drawn, by its number.
     """
 
     step: int
@@ -34,6 +36,12 @@ class Check:
     pictures: Tensor | None
     changes: dict[str, float] = field(default_factory=dict)
     second: list[float] = field(default_factory=list)
+    by_prompt: dict[int, list[float]] = field(default_factory=dict)
+
+
+def percent(scores: list[float]) -> str:
+    """The scores [Q] of all questions, for people."""
+    return ", ".join(f"{score:.0%}" for score in scores)
 
 
 class Looks:
@@ -52,12 +60,12 @@ class Looks:
 
     def __init__(self, student, judge, second, objective: Objective, settings: Settings, run: Run):
         self.student, self.judge, self.second, self.settings, self.run = student, judge, second, settings, run
-        self.objective, self._untaught = objective, None
+        self.objective = objective
         with student.lora.disabled():
             self._untaught = untaught = self._look(step=0)
-        self.objective = objective.start_from(untaught.scores)
+        self.objective = objective.start_from(untaught.scores, untaught.by_prompt)
         self._chooser = objective.start_from(untaught.second or untaught.scores)
-        first = untaught if student.lora.blank else self._look(step=0)
+        first = untaught if student.lora.blank else self._look(0, untaught=untaught)
         run.checks.append(first)
         self._since = [first]  # the best look that training goes on from, and the fine ones since then
         self._enough = max(1, min(HOLDING, settings.steps // (settings.check_every or 1) // 2))
@@ -74,7 +82,7 @@ class Looks:
         for check in self.run.checks[1:]:
             if check is not self.best:
                 check.pictures = None
-        look, watching = self._look(step), self.settings.check_every > 0
+        look, watching = self._look(step, untaught=self._untaught), self.settings.check_every > 0
         self.run.checks.append(look)
         limit, began = self.settings.drift_limit or math.inf, self.run.checks[0].changes
         drift = warning(look.changes, limit, began) if watching else ""
@@ -105,6 +113,12 @@ class Looks:
         if self.run.checks[-1] is not self.best:
             self.run.checks.append(self.best)
 
+    def unseen(self) -> tuple[Check, Check]:
+        """Looks without the LoRA and with the best one, at as many seeds by which nothing was chosen."""
+        with self.student.lora.disabled():
+            before = self._look(step=0, first=UNSEEN_SEEDS)
+        return before, self._look(self.best.step, UNSEEN_SEEDS, before)
+
     def _standing(self, look: Check) -> float:
         return self._chooser.standing(look.second or look.scores)
 
@@ -112,22 +126,28 @@ class Looks:
         self.best, self._kept = look, self.student.lora.snapshot()
 
     @torch.no_grad()
-    def _look(self, step: int) -> Check:
-        """Draw the held-out seeds to the end, ask the judges about them and compare them with the untaught model's."""
-        batches = self._draw()
-        with self.student.lora.disabled():
-            before = self._draw() if self.objective.compares else [None] * len(batches)
+    def _look(self, step: int, first: int = CHECK_SEEDS, untaught: Check | None = None) -> Check:
+        """Draw seeds to the end, from ``first`` on, ask the judges about them and compare them with the same of the
+        untaught model; None: these are."""
+        batches = [self.student.draw(first + i, prompt) for i, prompt in enumerate(self._prompts)]
+        before = [None] * len(batches)
+        if self.objective.compares:
+            before = untaught.pictures.to(batches[0]).split(len(batches[0])) if untaught else batches
 
-        def scores(judge) -> list[float]:
-            """Batch by batch, so that a look needs no more of the judge's memory than a step."""
-            answers = [self.objective(judge, *pair)[1] for pair in zip(batches, before)]
-            return torch.cat(answers).mean(dim=0).tolist()
+        def answers(judge) -> Tensor:
+            """Mean scores [batches, Q], batch by batch, so that a look needs no more of the judge's memory than a
+            step."""
+            return torch.stack([self.objective(judge, *pair)[1].mean(dim=0) for pair in zip(batches, before)])
 
         pictures = torch.cat(batches).cpu()
-        changed = changes(self._untaught.pictures, pictures) if self._untaught else {}
-        second = [] if self.second is None else scores(self.second)
-        return Check(step, scores(self.judge), pictures, changed, second)
+        changed = changes(untaught.pictures, pictures) if untaught else {}
+        second = [] if self.second is None else answers(self.second).mean(dim=0).tolist()
+        found = answers(self.judge)
+        numbers = torch.tensor(self._prompts)
+        by_prompt = {prompt: found[numbers == prompt].mean(dim=0).tolist() for prompt in set(self._prompts)}
+        return Check(step, found.mean(dim=0).tolist(), pictures, changed, second, by_prompt)
 
-    def _draw(self) -> list[Tensor]:
-        count = self.settings.check_seeds
-        return [self.student.draw(CHECK_SEEDS + i, i % self.student.prompts) for i in range(count)]
+    @property
+    def _prompts(self) -> list[int]:
+        """The prompt of each batch of a look."""
+        return [i % self.student.prompts for i in range(self.settings.check_seeds)]

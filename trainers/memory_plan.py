@@ -20,8 +20,8 @@ from .objective import Objective
 from .self_check import SEED
 
 NEED_LESS = (
-    "To need less memory, draw smaller pictures or fewer at once ('accumulate' makes up for that), or use a smaller "
-    "judge or one in 4 bits, or a smaller model or one in fp8."
+    "To need less memory, draw smaller pictures or fewer at once ('accumulate' makes up for that), use a smaller judge "
+    "or one in 4 bits, a smaller model or one in fp8 or GGUF, or a lower rank or fewer targets (such as 'attn')."
 )
 HEADROOM = 1.3  # of what is counted: scratch space of kernels, holes of the allocator
 

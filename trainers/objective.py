@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Objective:
         kind: ``LIKELIHOOD``, ``TARGET`` or ``MARGIN``.
         target: probability, between 0 and 1, at which an answer counts as won; 0.982 are log-odds of 4.
         before: scores of all questions before training, see ``start_from``; empty: nothing is known of it.
+        by_prompt: the same by the number of the prompt, as far as they are known.
     Raises:
         ValueError: no question to teach.
     """
@@ -43,6 +44,7 @@ class Objective:
     kind: str = MARGIN
     target: float = 0.982
     before: tuple[float, ...] = ()
+    by_prompt: dict[int, list[float]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not any(question.role == TEACH for question in self.questions):
@@ -50,9 +52,13 @@ class Objective:
                 "No question teaches: each is one to keep or only watched (weight 0). Add a Question with 'keep' off."
             )
 
-    def start_from(self, scores: list[float]) -> Objective:
-        """The same objective, knowing that the questions had these scores before training."""
-        return replace(self, before=tuple(scores))
+    def start_from(self, scores: list[float], by_prompt: dict[int, list[float]] | None = None) -> Objective:
+        """The same objective, knowing that the questions had these scores before training, and of which prompt."""
+        return replace(self, before=tuple(scores), by_prompt=by_prompt or {})
+
+    def of(self, prompt: int) -> Objective:
+        """As it is for pictures of one prompt, which have to keep what that prompt had."""
+        return replace(self, before=tuple(self.by_prompt.get(prompt, self.before)))
 
     @property
     def compares(self) -> bool:

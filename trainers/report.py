@@ -59,7 +59,8 @@ class Report:
         self.before, self.after = run.checks[0], run.checks[-1]
         looks = {check.step: replace(check, pictures=None) for check in run.checks}  # the kept one may come twice
         self.checks = [looks[step] for step in sorted(looks)]
-        self.loss, self.scores, self.ended = run.loss, run.scores, run.ended()
+        self.loss, self.scores = run.loss, run.scores
+        self.ended, self.proved = run.ended(), run.proved()
 
     @property
     def title(self) -> str:
@@ -101,7 +102,7 @@ class Report:
 
     def outcome(self) -> str:
         """How the run ended, in a sentence."""
-        return f"{self.ended}. Kept: the LoRA of step {self.after.step}."
+        return f"{self.ended}. Kept: the LoRA of step {self.after.step}." + (f" {self.proved}." if self.proved else "")
 
     def changed(self) -> str:
         """What became of the pictures besides, in a sentence."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import pad
 
 GAP = 8  # px between pictures
 PAPER, INK = "white", "black"
@@ -27,9 +28,10 @@ def from_image(image: Image.Image) -> Tensor:
 
 
 def contact_sheet(*batches: Tensor, most: int = 4) -> Image.Image:
-    """The first pictures of batches [B, 3, H, W] in 0..1, as many of each, a row for each."""
-    columns = min(most, *map(len, batches))
-    return to_image(torch.cat([torch.cat(list(batch[:columns].cpu()), dim=-1) for batch in batches], dim=-2))
+    """The first pictures of batches [B, 3, H, W] in 0..1, a row for each; what is shorter ends in white."""
+    rows = [torch.cat(list(batch[:most].cpu()), dim=-1) for batch in batches]
+    width = max(row.shape[-1] for row in rows)
+    return to_image(torch.cat([pad(row, [0, width - row.shape[-1]], value=1.0) for row in rows], dim=-2))
 
 
 def grid(rows: list[list[Image.Image]], headings: list[str]) -> Image.Image:

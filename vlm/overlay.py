@@ -174,6 +174,13 @@ def as_batches(images: Tensor | Sequence[Tensor], device: torch.device) -> list[
     return [batch.to(device, torch.float32).expand(rows, -1, -1, -1) for batch in batches]
 
 
+def shown_with(guide: Guide | None, pictures: Sequence, questions: Sequence) -> list:
+    """Of a picture and its reference before it, what a question with ``guide`` is about: where a question compares with
+    the picture before, the reference is that, and the others are about the picture alone."""
+    compares = any(isinstance(question.guide, BeforeAfter) for question in questions)
+    return list(pictures[-1:] if compares and not isinstance(guide, BeforeAfter) else pictures)
+
+
 def look_by_guide(
     look: Callable[[list[Tensor], list], Tensor], pictures: list[Tensor], questions: Sequence, before: Tensor | None
 ) -> Tensor:
@@ -187,7 +194,8 @@ def look_by_guide(
     """
     columns: list[Tensor] = [None] * len(questions)
     for guide, members in by_guide(questions).items():
-        shown = pictures if guide is None else guide.shown(pictures, before)
+        among = shown_with(guide, pictures, questions)
+        shown = among if guide is None else guide.shown(among, before)
         scores = look(shown, [questions[i] for i in members])
         for i, column in zip(members, scores.unbind(dim=1)):
             columns[i] = column
