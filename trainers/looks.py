@@ -142,7 +142,7 @@ class Looks:
         pictures = torch.cat(batches).cpu()
         changed = changes(untaught.pictures, pictures) if untaught else {}
         second = [] if self.second is None else answers(self.second).mean(dim=0).tolist()
-        found = answers(self.judge)
+        found = answers(self.judge).cpu()
         numbers = torch.tensor(self._prompts)
         by_prompt = {prompt: found[numbers == prompt].mean(dim=0).tolist() for prompt in set(self._prompts)}
         return Check(step, found.mean(dim=0).tolist(), pictures, changed, second, by_prompt)
