@@ -274,7 +274,7 @@ LESSONS = [
         "Is this a photo of two chairs in a garden?" + SUFFIX,
         guide="DualProcessDepthGuide",
         try_this="Move the points.",
-        training=FOLLOWING,
+        training=FOLLOWING | {"learn_at": "any step"},
     ),
     Lesson(
         "Teach a composition",

@@ -203,8 +203,8 @@ def training_note(lesson: Lesson, models: Models) -> str:
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
         "**Not measured:** nobody has made a result with these weights yet. Steps and rank are the paper's, the "
-        f"learning rate moves layers about as far in a step, and the rest did best with the tiny models.\n\n"
-        f"{tiny}, the picture size and number, the prompt, and the trainer's settings.\n"
+        "learning rate moves layers about as far in a step, and the rest is near what did well with the tiny models."
+        f"\n\n{tiny}, the picture size and number, the prompt, and the trainer's settings.\n"
     )
 
 

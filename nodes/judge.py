@@ -13,7 +13,8 @@ from .types import CATEGORY, GuideType, JudgeType, QuestionsType
 
 REFERENCE = (
     "Shown to the judge before each picture, for questions that compare: the reference is the first picture, the "
-    "picture itself the second. One for all, or one for each. Not every model takes two pictures."
+    "picture itself the second. One for all, or one for each. Beside a question with a Before/After Guide, only that "
+    "one sees it. Not every model takes two pictures."
 )
 
 

@@ -166,7 +166,7 @@ class SaveLoRA(io.ComfyNode):
         save_lora(written, path)
         ups = [tensor for key, tensor in lora.items() if key.endswith(".lora_B.weight")]
         blank = bool(ups) and not any(map(torch.any, ups))
-        said = ". It changes nothing: no look was better than the first" if blank else ""
+        said = ". It changes nothing: nothing was learned" if blank else ""
         return io.NodeOutput(name, ui={"text": [f"Saved as {name}{said}"]})
 
     @classmethod

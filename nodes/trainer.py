@@ -18,7 +18,7 @@ from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import became
-from ..trainers.looks import CHECK_SEEDS, percent
+from ..trainers.looks import CHECK_SEEDS, Looks, percent
 from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
 from ..trainers.lora_metadata import metadata
 from ..trainers.memory_plan import plan_memory, try_step
@@ -102,7 +102,12 @@ class Trainer(io.ComfyNode):
             show.say(" ".join(said))
             for question in never_answered(shown_to[0], student.draw(CHECK_SEEDS), questions):
                 show.warn(NO_ANSWER.format(question.text.strip()))
-            return train(student, shown_to[0], goal, settings, show, *shown_to[1:])
+            run = train(student, shown_to[0], goal, settings, show, *shown_to[1:])
+            show.over = True
+            if settings.check_every and run.checks[-1].step:
+                show.say("Judging other pictures, by which nothing was chosen ...")
+                run.unseen = Looks(student, shown_to[0], (*shown_to, None)[1], goal, settings, run).unseen()
+            return run
 
         def learned(run: Run) -> TrainedLoRA:
             story = metadata(run, goal, settings, [one.judge.name for one in judges], student, prompts, plan, chosen)
@@ -160,7 +165,7 @@ def bundled_judge_warning(name: str, student: ComfyStudent) -> str:
 
 
 def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
-    """How to train; every prompt is among the held-out pictures."""
+    """How to train; every prompt is among the held-out pictures, twice at least."""
     batch = inputs.latent["samples"].shape[0]
     return Settings(
         steps=inputs.steps,
@@ -170,7 +175,7 @@ def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
         judge_noise=inputs.judge_noise,
         check_every=inputs.check_every,
         stop_at=inputs.stop_at,
-        check_seeds=max(2, prompts, math.ceil(CHECKED_PICTURES / batch)),
+        check_seeds=max(2 * prompts, math.ceil(CHECKED_PICTURES / batch)),
         learn_at=inputs.learn_at,
         accumulate=inputs.accumulate,
         drift_limit=inputs.drift_limit,
@@ -217,6 +222,7 @@ class Progress:
         self.shown = 0.0
         self.warned = ""
         self.run: Run | None = None
+        self.over = False  # whether all that is left is to look at what came of it
 
     def __call__(self, run: Run, images: Tensor) -> None:
         self.run, preview, look = run, None, run.checks[-1]
@@ -246,11 +252,14 @@ class Progress:
         self.say(text)
 
     def rescue(self, learned: Callable[[Run], TrainedLoRA]) -> None:
-        """Save the LoRA of the best look of a run that was cancelled or failed, if an answer had become likelier."""
+        """Save the LoRA of the best look of a run that was cancelled or failed, if an answer had become likelier or the
+        run was over."""
         run = self.run
-        if run is None or not any(now > then for then, now in zip(run.checks[0].scores, run.checks[-1].scores)):
+        likelier = run and any(now > then for then, now in zip(run.checks[0].scores, run.checks[-1].scores))
+        if not (likelier or self.over and run and run.checks[-1].step):
             return
-        run.stopped = f"stopped early, after {len(run.loss)} steps"
+        if not self.over:
+            run.stopped = f"stopped early, after {len(run.loss)} steps"
         path = new_lora_path(loras_folder(), UNFINISHED)
         try:
             save_lora(learned(run), path)

@@ -220,6 +220,7 @@ def test_what_a_continued_lora_has_to_keep_is_that_of_the_model_without_it():
     student.lora.shift.data.fill_(0.3)
     asked = [Question("Is it bright?"), Question("Is it dark?", "No", keep=True)]
     looks = Looks(student, BrightnessJudge(), None, Objective(asked), Settings(drift_limit=0.35), run)
+    looks.begin()
     assert looks.objective.before == pytest.approx((0.17, 0.83), abs=0.01)
     assert run.checks[0].scores == pytest.approx([0.69, 0.31], abs=0.01) and len(run.checks) == 1
     assert run.checks[0].changes["luminance"] == pytest.approx(1, abs=0.05)
@@ -330,23 +331,26 @@ def test_the_anchor_holds_back():
 
 def test_training_never_sees_the_held_out_seeds():
     student, run, _ = teach(check_seeds=3)
-    looked_at = [s for s in student.seeds if s < 2**32]
-    assert set(looked_at[:-6]) == {2**31, 2**31 + 1, 2**31 + 2}
-    other = [UNSEEN_SEEDS, UNSEEN_SEEDS + 1, UNSEEN_SEEDS + 2]
-    assert looked_at[-6:] == other * 2, "drawn at the end, without the LoRA and with it"
+    checks = {s for s in student.seeds if 2**31 <= s < 2**32}
+    assert checks == {2**31, 2**31 + 1, 2**31 + 2}
+    assert all(s >= 2**32 for s in student.seeds if s not in checks)
 
 
 def test_at_the_end_pictures_are_judged_by_which_nothing_was_chosen():
     student, run, _ = teach(check_seeds=3)
-    before, after = run.unseen
+    student.seeds.clear()
+    looks = Looks(
+        student, BrightnessJudge(), None, Objective([Question("Is it bright?")]), Settings(check_seeds=3), run
+    )
+    run.unseen = before, after = looks.unseen()
+    assert student.seeds == [UNSEEN_SEEDS, UNSEEN_SEEDS + 1, UNSEEN_SEEDS + 2] * 2
     assert len(before.pictures) == len(after.pictures) == 6 and before.step == 0 and after.step == run.checks[-1].step
     with student.lora.disabled():
         drawn = torch.cat([student.draw(UNSEEN_SEEDS + i) for i in range(3)])
     assert torch.equal(before.pictures, drawn) and not torch.equal(after.pictures, drawn)
     assert before.scores[0] < 0.2 < 0.9 < after.scores[0] and after.changes["luminance"] > 0
     assert run.proved().startswith("6 other pictures, by which nothing was chosen: ")
-    for none in (teach(steps=2, check_every=0)[1], teach("No", stop_at=0.7, anchor=0.0)[1]):
-        assert none.unseen is None and none.proved() == ""
+    assert Run().proved() == ""
 
 
 def test_a_look_asks_about_no_more_pictures_at_once_than_a_step():

@@ -47,19 +47,25 @@ class Page(HTMLParser):
 def told(lab):
     """Reports of runs with a tiny SD3 and two questions; a function of the settings and the number of judges."""
     from dual_process.trainers.dual_process import Settings, train
+    from dual_process.trainers.looks import Looks
     from dual_process.trainers.lora_metadata import metadata
     from dual_process.trainers.objective import Objective
     from dual_process.trainers.report import Report
     from dual_process.vlm.question import Question
 
-    def report(second=False, asked=(), **settings):
+    def report(second=False, asked=(), unseen=False, **settings):
         student, judge = lab.build_student("SD3"), lab.build_judge()
         judge.judge.name = "judge <1>"
         asked = [Question(TEXT), Question("Is it night?", "No", weight=2.5, keep=True), *asked]
         goal = Objective(asked)
         settings = Settings(**{"steps": 3, "check_every": 1, "check_seeds": 2, "stop_at": 1.1, **settings})
         other = judge.judge if second else None
-        loop = lambda: train(student, judge.judge, goal, settings, lambda *_: None, other)  # noqa: E731
+
+        def loop():
+            run = train(student, judge.judge, goal, settings, lambda *_: None, other)
+            run.unseen = Looks(student, judge.judge, other, goal, settings, run).unseen() if unseen else None
+            return run
+
         run = student.run(loop, [judge.patcher])
         names = [judge.judge.name, "second & judge"] if second else [judge.judge.name]
         return run, Report(run, metadata(run, goal, settings, names, student, ["a <b>line</b>", "night"]))
@@ -106,8 +112,11 @@ def test_what_nothing_was_chosen_by_is_told(told):
     from dual_process.trainers.report import page
 
     run, report = told(second=True)
-    assert "unseen" in report.story and len(report.story["unseen"]) == (2 if run.unseen else 0)
-    assert run.proved() in Page(page(report)).text
+    assert report.story["unseen"] == [] and run.proved() == ""
+    run, report = told(second=True, unseen=True)
+    before, after = report.story["unseen"]
+    assert before["pictures"] == after["pictures"] == 2 and before["scores"] != run.checks[0].scores
+    assert run.proved().startswith("2 other pictures") and run.proved() in Page(page(report)).text
 
 
 def test_one_judge_and_a_run_without_a_step(told):

@@ -183,7 +183,7 @@ def test_template_in_api_form_is_what_the_front_end_sends(object_info):
 
 
 def test_template_trains_shows_progress_and_saves(client, server, teach):
-    graph = teach(seed=11)
+    graph = teach(seed=11, check_every=1)
     (trainer,) = nodes_of(graph, "DualProcessTrainer")
     known, events = loras(client), []
     outputs = client.run(graph, events.append)
@@ -200,6 +200,7 @@ def test_template_trains_shows_progress_and_saves(client, server, teach):
     with safe_open(server.base / "models" / "loras" / new, "pt") as file:
         story = json.loads(file.metadata()["dual_process"])
     assert story["prompt_texts"] == ["a landscape with two balls"]
+    assert [len(one["scores"]) for one in story["unseen"]] == [2, 2], "judged once more at the end"
 
 
 def test_second_queue_is_cached_and_another_seed_gets_a_new_file(client, teach):
@@ -268,6 +269,21 @@ def test_cancel_saves_the_best_lora_so_far_to_go_on_from(client, teach):
     assert unfinished.endswith("unfinished_00001.safetensors")
     client.run(teach(seed=33, continue_from=unfinished))
     assert len(loras(client) - known) == 2
+
+
+def test_cancel_of_the_last_look_at_other_pictures_loses_nothing(client, server, teach):
+    known = loras(client)
+
+    def cancel_when_training_is_over(event):
+        if event["type"] == "binary" and b"Judging other pictures" in event["data"]:
+            client.interrupt()
+
+    with pytest.raises(PromptInterrupted):
+        client.run(teach(seed=34, check_every=1), cancel_when_training_is_over)
+    (unfinished,) = loras(client) - known
+    with safe_open(server.base / "models" / "loras" / unfinished, "pt") as file:
+        story = json.loads(file.metadata()["dual_process"])
+    assert (story["stopped"], story["steps_done"], story["unseen"]) == ("all steps done", 3, [])
 
 
 @pytest.mark.parametrize(

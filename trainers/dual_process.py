@@ -95,8 +95,8 @@ class Run:
     had drifted, and training went back to its best look.
 
     The first check shows the model before training (without the LoRA, or with the one that is continued), the last
-    one with the LoRA that was kept. ``unseen`` are two more, without the LoRA and with the one that was kept, on seeds
-    by which nothing was chosen; None if nothing was learned, or ``check_every`` is 0.
+    one with the LoRA that was kept. ``unseen`` are two more, see ``Looks.unseen``, which whoever
+    trains may take afterwards.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -142,6 +142,7 @@ def train(
     """
     run = Run()
     looks = Looks(student, judge, second, objective, settings, run)
+    looks.begin()
     objective = looks.objective
     if looks.holds(looks.best):
         run.stopped = "held before the first step: there is nothing to teach"
@@ -201,8 +202,6 @@ def train(
                     optimizer.param_groups[0]["lr"] = rate()
     finally:
         looks.end()
-    if settings.check_every and looks.best.step:
-        run.unseen = looks.unseen()
     return run
 
 

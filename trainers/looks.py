@@ -45,7 +45,7 @@ def percent(scores: list[float]) -> str:
 
 
 class Looks:
-    """The looks of one run; making it takes the first, before training.
+    """The looks of one run, of which ``begin`` takes the first, before training.
 
     What is to be kept, and what pictures may not drift from, are the answers and pictures of the model without the
     LoRA: where one is continued, a look without it comes before the first.
@@ -61,12 +61,16 @@ class Looks:
     def __init__(self, student, judge, second, objective: Objective, settings: Settings, run: Run):
         self.student, self.judge, self.second, self.settings, self.run = student, judge, second, settings, run
         self.objective = objective
-        with student.lora.disabled():
+
+    def begin(self) -> None:
+        """Take the first look, or the first two where a LoRA is continued."""
+        lora, settings = self.student.lora, self.settings
+        with lora.disabled():
             self._untaught = untaught = self._look(step=0)
-        self.objective = objective.start_from(untaught.scores, untaught.by_prompt)
-        self._chooser = objective.start_from(untaught.second or untaught.scores)
-        first = untaught if student.lora.blank else self._look(0, untaught=untaught)
-        run.checks.append(first)
+        self._chooser = self.objective.start_from(untaught.second or untaught.scores)
+        self.objective = self.objective.start_from(untaught.scores, untaught.by_prompt)
+        first = untaught if lora.blank else self._look(0, untaught=untaught)
+        self.run.checks.append(first)
         self._since = [first]  # the best look that training goes on from, and the fine ones since then
         self._enough = max(1, min(HOLDING, settings.steps // (settings.check_every or 1) // 2))
         self._keep(first)
@@ -114,10 +118,11 @@ class Looks:
             self.run.checks.append(self.best)
 
     def unseen(self) -> tuple[Check, Check]:
-        """Looks without the LoRA and with the best one, at as many seeds by which nothing was chosen."""
+        """After the run: looks without the LoRA and with the one that was kept, at as many seeds by which nothing was
+        chosen."""
         with self.student.lora.disabled():
             before = self._look(step=0, first=UNSEEN_SEEDS)
-        return before, self._look(self.best.step, UNSEEN_SEEDS, before)
+        return before, self._look(self.run.checks[-1].step, UNSEEN_SEEDS, before)
 
     def _standing(self, look: Check) -> float:
         return self._chooser.standing(look.second or look.scores)

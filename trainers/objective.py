@@ -76,16 +76,17 @@ class Objective:
         else:
             log_p, odds = judge.log_likelihood(images, self.questions, untaught), [None] * len(self.questions)
         losses, scores = [], []
-        for i, (wanted, ahead) in enumerate(zip(log_p.T, odds)):
+        for i, (question, wanted, ahead) in enumerate(zip(self.questions, log_p.T, odds)):
             if ahead is None:
                 won = 1.0 if self.kind == LIKELIHOOD else self.target
-                losses.append(torch.relu(self._goal(i, torch.log, won) - wanted))
+                loss = torch.relu(self._goal(i, torch.log, won) - wanted)
                 scores.append(wanted.exp())
             else:
-                losses.append(torch.relu(self._goal(i, torch.logit, self.target) - ahead))
+                loss = torch.relu(self._goal(i, torch.logit, self.target) - ahead)
                 scores.append(ahead.sigmoid())
-        weights = log_p.new_tensor([q.weight for q in self.questions])
-        loss = (torch.stack(losses, dim=1) * weights).sum(dim=1).mean() / weights.sum()
+            if question.role != WATCH:
+                losses.append(loss * question.weight)
+        loss = torch.stack(losses, dim=1).sum(dim=1).mean() / sum(question.weight for question in self.questions)
         return loss, torch.stack(scores, dim=1).detach()
 
     def _goal(self, i: int, scale: Callable[[Tensor], Tensor], won: float) -> float:

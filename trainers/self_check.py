@@ -43,10 +43,18 @@ def check_gradients(student) -> None:
     Raises:
         RuntimeError: gradients do not pass, or are not the model's; the text says what to change.
     """
-    with _off_the_grid(student.lora):
-        _check_first_step(student)
-        for k in sorted({student.steps // 2, student.steps - 1} - {0}):
-            _check_later_step(student, k)
+    try:
+        with _off_the_grid(student.lora):
+            _check_first_step(student)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as fault:
+        try:
+            _check_first_step(student)  # some models may not bear the update; what is at fault fails without it too
+        except RuntimeError as same:
+            raise same if isinstance(same, torch.OutOfMemoryError) else fault
+    for k in sorted({student.steps // 2, student.steps - 1} - {0}):
+        _check_later_step(student, k)
 
 
 @contextmanager
