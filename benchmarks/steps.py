@@ -12,7 +12,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dual_process.benchmarks.bundled import TEMPLATE, Laboratory, measured
+from dual_process.benchmarks.bundled import FEW, TEMPLATE, Laboratory, measured
 from dual_process.trainers.dual_process import FRESH_NOISE, LEARN_AT
 
 
@@ -30,7 +30,7 @@ def main() -> None:
             settings = replace(TEMPLATE, learn_at=learn_at)
             if learn_at == FRESH_NOISE:
                 settings = replace(settings, accumulate=2, steps=settings.steps // 2)
-            lesson = laboratory.teach({about: answer}, settings, sampler_steps=sampler_steps)
+            lesson = laboratory.teach({about: answer}, settings, sampler_steps=sampler_steps, count=FEW)
             found = measured(lesson.before, lesson.after, about, answer)
             row = {"sampler_steps": sampler_steps, "taught": taught, "learn_at": learn_at}
             row |= {name: found[name] for name in ("before", "oracle", "readable")}
