@@ -92,21 +92,22 @@ class Trainer(io.ComfyNode):
             nonlocal plan
             if self_check:
                 student.turns.taken_if_needed(lambda: check_gradients(student))
-            shown_to = [student.in_turn(one) for one in judges]
+            first = student.in_turn(judge)
+            second = None if second_judge is None else student.in_turn(second_judge)
             if inputs.checkpointing and inputs.recompute == AUTOMATIC:
-                plan = plan_memory(student, shown_to[0], goal, settings)
+                plan = plan_memory(student, first, goal, settings)
             else:
-                student.turns.taken_if_needed(lambda: try_step(student, shown_to[0], goal, settings))
+                student.turns.taken_if_needed(lambda: try_step(student, first, goal, settings))
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
-            for question in never_answered(shown_to[0], student.draw(CHECK_SEEDS), questions):
+            for question in never_answered(first, student.draw(CHECK_SEEDS), questions):
                 show.warn(NO_ANSWER.format(question.text.strip()))
-            run = train(student, shown_to[0], goal, settings, show, *shown_to[1:])
+            run = train(student, first, goal, settings, show, second)
             show.over = True
             if settings.check_every and run.checks[-1].step:
                 show.say("Judging other pictures, by which nothing was chosen ...")
-                run.unseen = Looks(student, shown_to[0], (*shown_to, None)[1], goal, settings, run).unseen()
+                run.unseen = Looks(student, first, second, goal, settings, run).unseen()
             return run
 
         def learned(run: Run) -> TrainedLoRA:
