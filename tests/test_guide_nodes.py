@@ -105,17 +105,25 @@ def test_any_picture_over_beside_and_after_a_reference(client):
         "over": ("GuideFromImage", placed),
         "masked": ("GuideFromImage", {**placed, "mask": ["mask", 0]}),
         "beside": ("GuideFromImage", {**placed, "show": "beside"}),
-        "before": ("BeforeAfterGuide", defaults(client, "BeforeAfterGuide")),
     }
-    reference = {"reference": ["blue", 0]}
-    nodes = graph(client, guides, reference, blue=blue, mask=mask)
-    over, masked, beside, before = pictures(client, client.run(nodes)["seen"])
+    compared = {"before": ("BeforeAfterGuide", defaults(client, "BeforeAfterGuide"))}
+
+    def seen_under(guides):
+        return pictures(
+            client, client.run(graph(client, guides, {"reference": ["blue", 0]}, blue=blue, mask=mask))["seen"]
+        )
+
+    with_reference = 20 + 4  # px: its width, and the gap
+    (*drawn_over, beside), with_compared = seen_under(guides), seen_under(guides | compared)
     image = torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, 30, 20)
-    for seen, alpha in ((over, None), (masked, torch.full((30, 20), 0.25))):
+    for n, alpha in enumerate((None, torch.full((30, 20), 0.25))):
         expected = over_grey(PlacedPicture(image, alpha, x=0.25, y=0.75, scale=0.5))
-        assert np.abs(seen[:, 24:] - expected).max() < 1.5 / 255  # beside the reference of 20 px and the gap of 4
-    assert beside.shape == (HEIGHT, 20 + 4 + 20 + 4 + WIDTH, 3) and beside[5, 30].tolist() == [0, 0, 1]
-    assert before.shape == (HEIGHT, 20 + 4 + WIDTH, 3) and before[5, 5].tolist() == [0, 0, 1]
+        assert np.abs(drawn_over[n][:, with_reference:] - expected).max() < 1.5 / 255
+        assert np.abs(with_compared[n] - expected).max() < 1.5 / 255, "the reference is the picture before: not for it"
+    assert beside.shape == (HEIGHT, 2 * with_reference + WIDTH, 3) and beside[5, 30].tolist() == [0, 0, 1]
+    *_, beside, before = with_compared
+    assert beside.shape == (HEIGHT, with_reference + WIDTH, 3) and beside[5, 5].tolist() == [0, 0, 1]
+    assert before.shape == (HEIGHT, with_reference + WIDTH, 3) and before[5, 5].tolist() == [0, 0, 1]
 
 
 def test_with_a_judge_its_own_size_is_seen(client):
