@@ -349,7 +349,7 @@ def test_at_the_end_pictures_are_judged_by_which_nothing_was_chosen():
         drawn = torch.cat([student.draw(UNSEEN_SEEDS + i) for i in range(3)])
     assert torch.equal(before.pictures, drawn) and not torch.equal(after.pictures, drawn)
     assert before.scores[0] < 0.2 < 0.9 < after.scores[0] and after.changes["luminance"] > 0
-    assert run.proved().startswith("6 other pictures, by which nothing was chosen: ")
+    assert run.proved().startswith("6 unseen pictures: ")
     assert Run().proved() == ""
 
 

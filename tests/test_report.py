@@ -116,7 +116,7 @@ def test_what_nothing_was_chosen_by_is_told(told):
     run, report = told(second=True, unseen=True)
     before, after = report.story["unseen"]
     assert before["pictures"] == after["pictures"] == 2 and before["scores"] != run.checks[0].scores
-    assert run.proved().startswith("2 other pictures") and run.proved() in Page(page(report)).text
+    assert run.proved().startswith("2 unseen pictures: ") and run.proved() in Page(page(report)).text
 
 
 def test_one_judge_and_a_run_without_a_step(told):

@@ -119,10 +119,8 @@ class Run:
             return ""
         before, after = self.unseen
         second = f"; second judge: {percent(before.second)} and {percent(after.second)}" if after.second else ""
-        return (
-            f"{len(after.pictures)} other pictures, by which nothing was chosen: {percent(before.scores)} without the "
-            f"LoRA, {percent(after.scores)} with it{second}"
-        )
+        found = f"{percent(before.scores)} without the LoRA, {percent(after.scores)} with it"
+        return f"{len(after.pictures)} unseen pictures: {found}{second}"
 
 
 def train(
