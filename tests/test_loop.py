@@ -437,7 +437,19 @@ def test_a_step_without_a_finite_gradient_is_left_out():
     assert student.lora.shift.isfinite() and student.lora.shift > 0 and len(run.checks) == 2
 
 
-@pytest.mark.parametrize("broken, step", [({1}, 1), ({2, 4, 5, 6}, 6)])
+def test_what_half_precision_cannot_hold_is_scaled_by_less():
+    """The picture's gradient is 0.08 times the scale here, and beyond 65504 infinite in half precision."""
+    student, judge = GreyStudent(), BrightnessJudge()
+    student.decode = lambda x0: x0.half().float()
+    student.gradient_scale, judge.gradient_scale = 1e8, 512.0
+    settings = Settings(steps=8, learning_rate=0.01, check_every=0, average=0.0)
+    run = train(student, judge, Objective([Question("Is it bright?")]), settings, lambda *_: None)
+    assert run.skipped == 2 and len(run.loss) == 6
+    assert student.gradient_scale == 1e8 / 256 and judge.gradient_scale == 2
+    assert student.lora.shift.item() == pytest.approx(0.06, rel=0.2)
+
+
+@pytest.mark.parametrize("broken, step", [({1, 2, 3}, 3), ({2, 4, 5, 6}, 6)])
 def test_too_many_of_them_are_an_error(broken, step):
     with pytest.raises(RuntimeError, match=f"Step {step}: .* norm (inf|nan)"):
         teach(student=BrokenGradient(broken), steps=8, check_every=0)

@@ -56,6 +56,17 @@ def test_neither_is_that_of_hundreds_of_layers(lab, monkeypatch, name, dtype):
     check(lab.build_student(name, lab.build_model(name, dtype=dtype)))
 
 
+def test_gradients_beyond_half_precision_are_scaled_by_less(lab):
+    student = lab.build_student("SD3", lab.build_model("SD3", dtype=torch.float16))
+
+    def begin_too_high():
+        student.gradient_scale = 2.0**24
+        check_gradients(student)
+
+    student.run(begin_too_high, beside=[])
+    assert 1 < student.gradient_scale < 2**24
+
+
 def test_the_lora_is_left_as_it_was(lab):
     student = lab.build_student("SD3")
     before = student.lora.snapshot()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..vlm.judge import eased
 from .augment import varied, with_noise
 from .average import Average
 from .looks import Check, Looks, percent
@@ -23,7 +24,7 @@ from .objective import Objective
 log = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
-STRIKES = 3  # steps in a row without a finite gradient that end a run; the first step is one too many
+STRIKES = 3  # steps in a row without a finite gradient that end a run
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
@@ -164,14 +165,15 @@ def train(
             # read together: the host waits for the GPU once a step
             norm, loss, *scores = torch.cat([norm[None], loss[None].to(norm), scores.to(norm)]).tolist()
             strikes = 0 if math.isfinite(norm) else strikes + 1
-            if (norm == 0 and loss > 0) or strikes == (1 if step == 1 else STRIKES):
-                lower = "" if step == 1 else "lower the learning rate, or "
+            if (norm == 0 and loss > 0) or strikes == STRIKES:
+                lower = "lower the learning rate, or " if run.loss else ""
                 raise RuntimeError(
                     f"Step {step}: the gradient that reaches the LoRA has norm {norm}; nothing can be learned from "
                     f"it. To go on, {lower}load model, VAE and judge in bf16 or fp32."
                 )
             if strikes:
                 run.skipped += 1
+                student.gradient_scale, judge.gradient_scale = eased(student.gradient_scale), eased(judge.gradient_scale)
             else:
                 optimizer.step()
                 average.update()

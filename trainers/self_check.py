@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..vlm.judge import eased
+
 log = logging.getLogger(__name__)
 
 SEED = 2**33  # beyond the seeds of training and of the held-out pictures
@@ -90,7 +92,7 @@ def _check_first_step(student) -> None:
         )
     _check_decoder(student, prediction.detach())
     weights = _smooth_weights(prediction)
-    gradients = _lora_gradients(student, prediction, weights)
+    gradients = _lora_gradients(student, x, prediction, weights)
 
     def predict() -> Tensor:
         return student.predict(x, 0)
@@ -138,8 +140,8 @@ def _smooth_weights(like: Tensor) -> Tensor:
     return weights / weights.norm()  # the size of a judge's gradient, which half precision can carry
 
 
-def _lora_gradients(student, prediction: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of ``(prediction * weights).sum()`` for every adapter's A and B."""
+def _lora_gradients(student, x: Tensor, prediction: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of ``(prediction * weights).sum()`` for every adapter's A and B; ``prediction`` is that from ``x``."""
     parameters = list(student.lora.parameters())
     value = (prediction * weights).sum() * student.gradient_scale
     try:
@@ -153,7 +155,10 @@ def _lora_gradients(student, prediction: Tensor, weights: Tensor) -> list[tuple[
         ) from error
     scaled = [torch.zeros_like(p) if g is None else g / student.gradient_scale for p, g in zip(parameters, found)]
     if not all(torch.isfinite(g).all() for g in scaled):
-        raise RuntimeError("The model's gradients are not finite. Load the model in bf16 or fp32 instead of fp16.")
+        if student.gradient_scale == 1.0:
+            raise RuntimeError("The model's gradients are not finite. Load the model in bf16 or fp32 instead of fp16.")
+        student.gradient_scale = eased(student.gradient_scale)
+        return _lora_gradients(student, x, student.predict(x, 0), weights)
     return [(a, b) for a, b in zip(scaled[::2], scaled[1::2])]
 
 

@@ -14,7 +14,13 @@ from .question import Question
 from .seen import seen_picture
 
 FP16_GRADIENT_SCALE = 1024.0  # keeps the small gradients of pixels from vanishing in half precision
+EASE = 16  # what that scale is divided by where gradients have left half precision's range
 SOME_SIDE = 64  # px; the tokens of an answer do not depend on the picture's size
+
+
+def eased(scale: float) -> float:
+    """The gradient scale to go on with where gradients multiplied by ``scale`` were not finite."""
+    return max(1.0, scale / EASE)
 
 
 class Judge:
@@ -28,6 +34,10 @@ class Judge:
         suffix: text added to every question, for example "Answer with Yes or No."
         template: prompt for models without a chat template, with ``{image}`` and ``{question}`` in it.
 
+    Attributes:
+        gradient_scale: what gradients are to be multiplied by on their way through the model, and divided by at the
+            picture.
+
     Raises:
         ValueError: the model cannot be prompted or is an encoder-decoder.
     """
@@ -40,15 +50,11 @@ class Judge:
         self.name = name
         self.prompts = PromptWriter(processor, name, system, suffix, template)
         self.look = Look(self.model, name)
+        self.gradient_scale = FP16_GRADIENT_SCALE if model.dtype == torch.float16 else 1.0
 
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def gradient_scale(self) -> float:
-        """What gradients are to be multiplied by on their way through the model, and divided by at the picture."""
-        return FP16_GRADIENT_SCALE if self.model.dtype == torch.float16 else 1.0
 
     def check(self, questions: Sequence[Question]) -> None:
         """Find out before any picture is drawn whether every answer can be scored.
