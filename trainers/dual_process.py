@@ -173,7 +173,8 @@ def train(
                 )
             if strikes:
                 run.skipped += 1
-                student.gradient_scale, judge.gradient_scale = eased(student.gradient_scale), eased(judge.gradient_scale)
+                for scaled in (student, judge):
+                    scaled.gradient_scale = eased(scaled.gradient_scale)
             else:
                 optimizer.step()
                 average.update()

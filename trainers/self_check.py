@@ -166,9 +166,9 @@ class _Probe:
     """Moves adapters, looks what the prediction does, and puts them back."""
 
     def __init__(self, adapters: list, gradients: list, predict: Callable[[], Tensor], weights: Tensor):
-        self.adapters, self.gradients, self.predict, self.weights = adapters, gradients, predict, weights
-        self.base = predict()
-        self.unit = (weights.cpu().double().norm() * self.base.cpu().double().norm()).item()
+        self.adapters, self.gradients, self.predict = adapters, gradients, predict
+        self.base, self.weights = predict(), weights.cpu().double()
+        self.unit = (self.weights.norm() * self.base.cpu().double().norm()).item()
         self.live = [i for i, pair in enumerate(gradients) if any(g.any() for g in pair)]
         if not self.live:
             raise RuntimeError(f"No gradient reaches the LoRA. {STOCK_LOADERS}, and {NO_KERNELS}.")

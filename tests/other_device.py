@@ -1,0 +1,130 @@
+"""A device that is not the CPU, imitated on it: tensors that say they are elsewhere, and refuse to meet those that are
+here as a GPU's do."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import comfy.model_management as mm
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dual_process.trainers import comfy_memory
+
+# a kind of device that torch has no kernels for on this machine, whose backward runs in the thread that asks for it
+THERE = torch.device("lazy", 0)
+MAY_MEET = ("aten::copy_", "aten::to.other", "aten::index.", "aten::index_put", "aten::_index_put_impl_")
+
+
+class Elsewhere(Tensor):
+    """A tensor on ``THERE``; its numbers are in ``here``, a tensor of the CPU."""
+
+    @staticmethod
+    def __new__(cls, here: Tensor):
+        layout = {"strides": here.stride(), "storage_offset": here.storage_offset(), "layout": here.layout}
+        return Tensor._make_wrapper_subclass(cls, here.shape, dtype=here.dtype, device=THERE, **layout)
+
+    def __init__(self, here: Tensor):
+        self.here = here
+
+    def __repr__(self, **_):
+        return f"Elsewhere({self.here})"
+
+    def tolist(self):
+        return self.here.tolist()
+
+    def numpy(self, **_):
+        raise TypeError("can't convert a tensor of another device to numpy. Use Tensor.cpu() first.")
+
+    __array__ = numpy
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class _Everywhere(TorchDispatchMode):
+    def __enter__(self):
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([...], device=...) asks this mode for the move, too
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch._C._set_only_lift_cpu_tensors(False)
+        return super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+def _run(func, args: tuple, kwargs: dict):
+    """``func`` on the CPU, its result on the device that it asked for or that its tensors are on."""
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
+    asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+    if not there and not asked:
+        return func(*args, **kwargs)
+    name = func.name()
+    if name == "aten::_has_compatible_shallow_copy_type":  # modules then take the new tensor in place of the old one
+        return len(there) == len(tensors)
+    lone = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, Elsewhere)]
+    indexed_here = name.startswith("aten::index") and not isinstance(tensors[0], Elsewhere)
+    if there and lone and (not name.startswith(MAY_MEET) or indexed_here):
+        shapes = [(tensor.device.type, tuple(tensor.shape)) for tensor in tensors]
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} was given {shapes}")
+    goes_there = asked[0].type == THERE.type if asked else bool(there)
+    if name == "aten::to.other":
+        goes_there = isinstance(tensors[1], Elsewhere)
+    if goes_there and any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise RuntimeError(f"Expected a '{THERE.type}' device type for generator but found 'cpu' ({name})")
+
+    def here(leaf):
+        if isinstance(leaf, torch.device):
+            return torch.device("cpu")
+        return leaf.here if isinstance(leaf, Elsewhere) else leaf
+
+    result = func(*tree_map(here, args), **tree_map(here, kwargs))
+    same = {id(tensor.here if isinstance(tensor, Elsewhere) else tensor): tensor for tensor in tensors}
+
+    def back(leaf):
+        if not isinstance(leaf, Tensor):
+            return leaf
+        before = same.get(id(leaf))
+        if before is not None and isinstance(before, Elsewhere) == goes_there:
+            return before
+        new = leaf if before is None else leaf.clone()
+        if not goes_there:
+            return new
+        view_of_normal = func.is_view and not tensors[0].is_inference()  # is a normal tensor in inference mode, too
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not view_of_normal):
+            return Elsewhere(new)
+
+    return tree_map(back, result)
+
+
+def compute_elsewhere(monkeypatch) -> TorchDispatchMode:
+    """Let ComfyUI compute on ``THERE`` and keep models on the CPU; for as long as the mode that is returned is entered
+    and ``monkeypatch`` lasts."""
+    monkeypatch.setattr(mm, "get_torch_device", lambda: THERE)
+    monkeypatch.setattr(mm, "cpu_state", mm.CPUState.GPU)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(mm, "get_total_memory", lambda dev=None, torch_total_too=False: _plenty(torch_total_too))
+    monkeypatch.setattr(mm, "get_free_memory", lambda dev=None, torch_free_too=False: _plenty(torch_free_too))
+    monkeypatch.setattr(mm, "should_use_bf16", lambda *_, **__: False)
+    monkeypatch.setattr(mm, "should_use_fp16", lambda *_, **__: False)
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, **kwargs: tensor(tree_map(_number, data), **kwargs))
+    monkeypatch.setattr(torch, THERE.type, object(), raising=False)  # what checkpointing asks for the state of dropout
+    monkeypatch.setattr(comfy_memory, "_disable_current_modes", nullcontext)  # this one has to last
+    mm.unload_all_models()
+    return _Everywhere()
+
+
+def _number(leaf):
+    return leaf.item() if isinstance(leaf, Elsewhere) else leaf
+
+
+def _plenty(twice: bool):
+    return (2**36, 2**36) if twice else 2**36
