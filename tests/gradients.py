@@ -46,8 +46,8 @@ def picture_to_lora_ratio(student, k: int = 1) -> float:
     def loop() -> float:
         give_lora_a_value(student.lora)
         x = student.roll(student.noise(3), k)
-        shape = student.decode(student.predict(x, k)).shape
-        weights = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+        like = student.decode(student.predict(x, k))
+        weights = torch.randn(like.shape, generator=torch.Generator().manual_seed(6)).to(like)
 
         def loss() -> Tensor:
             image = student.decode(student.predict(x, k))

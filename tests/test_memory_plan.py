@@ -83,7 +83,7 @@ def test_what_fits_is_taken(lab):
 
     def planned(free: float) -> MemoryPlan:
         student.free_memory = lambda wanted=0: free
-        return plan_memory(student, judge.judge, GOAL, Settings())
+        return plan_memory(student, student.in_turn(judge), GOAL, Settings())
 
     def loop():
         roomy, none = planned(10**12), planned(1)

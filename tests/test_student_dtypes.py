@@ -34,7 +34,7 @@ def gradient(lab, name: str, dtype=torch.float32, compute=None, vae_dtype=torch.
 def gradient_of(student, size=1.0) -> torch.Tensor:
     def loop():
         image = student.decode(student.predict(student.roll(student.noise(3), 0), 0))
-        direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(5))
+        direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(5)).to(image)
         ((image * direction).mean() * size * student.gradient_scale).backward()
         return torch.cat([p.grad.flatten() for p in student.lora.parameters() if p.grad is not None])
 
