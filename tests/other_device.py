@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dual_process.trainers import comfy_memory
+from dual_process.trainers import comfy_memory, control_hints
 
 # a kind of device that torch has no kernels for on this machine, whose backward runs in the thread that asks for it
 THERE = torch.device("lazy", 0)
@@ -117,7 +117,8 @@ def compute_elsewhere(monkeypatch) -> TorchDispatchMode:
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda data, **kwargs: tensor(tree_map(_number, data), **kwargs))
     monkeypatch.setattr(torch, THERE.type, object(), raising=False)  # what checkpointing asks for the state of dropout
-    monkeypatch.setattr(comfy_memory, "_disable_current_modes", nullcontext)  # this one has to last
+    for module in (comfy_memory, control_hints):
+        monkeypatch.setattr(module, "_disable_current_modes", nullcontext)  # the mode of this device has to last
     mm.unload_all_models()
     return _Everywhere()
 
