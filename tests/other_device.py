@@ -104,16 +104,23 @@ def _run(func, args: tuple, kwargs: dict):
     return tree_map(back, result)
 
 
-def compute_elsewhere(monkeypatch) -> TorchDispatchMode:
-    """Let ComfyUI compute on ``THERE`` and keep models on the CPU; for as long as the mode that is returned is entered
-    and ``monkeypatch`` lasts."""
-    monkeypatch.setattr(mm, "get_torch_device", lambda: THERE)
-    monkeypatch.setattr(mm, "cpu_state", mm.CPUState.GPU)
-    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(mm, "get_total_memory", lambda dev=None, torch_total_too=False: _plenty(torch_total_too))
-    monkeypatch.setattr(mm, "get_free_memory", lambda dev=None, torch_free_too=False: _plenty(torch_free_too))
-    monkeypatch.setattr(mm, "should_use_bf16", lambda *_, **__: False)
-    monkeypatch.setattr(mm, "should_use_fp16", lambda *_, **__: False)
+def compute_elsewhere(monkeypatch, size: int = 2**36) -> TorchDispatchMode:
+    """Let ComfyUI compute on ``THERE``, which has room for ``size`` bytes of weights, and keep models on the CPU, for
+    as long as the mode that is returned is entered and ``monkeypatch`` lasts."""
+
+    def free(*_, torch_free_too=False):
+        left = size - sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models)
+        return (left, left) if torch_free_too else left
+
+    def no(*_, **__):
+        return False
+
+    patches = {"get_torch_device": lambda: THERE, "get_free_memory": free, "get_total_memory": lambda *_: size}
+    patches |= {"cpu_state": mm.CPUState.GPU, "vram_state": mm.VRAMState.NORMAL_VRAM}
+    patches |= {"should_use_bf16": no, "should_use_fp16": no}  # which ask CUDA
+    patches |= {"minimum_inference_memory": lambda: 0, "extra_reserved_memory": lambda: 0}
+    for name, value in patches.items():
+        monkeypatch.setattr(mm, name, value)
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda data, **kwargs: tensor(tree_map(_number, data), **kwargs))
     monkeypatch.setattr(torch, THERE.type, object(), raising=False)  # what checkpointing asks for the state of dropout
@@ -125,7 +132,3 @@ def compute_elsewhere(monkeypatch) -> TorchDispatchMode:
 
 def _number(leaf):
     return leaf.item() if isinstance(leaf, Elsewhere) else leaf
-
-
-def _plenty(twice: bool):
-    return (2**36, 2**36) if twice else 2**36

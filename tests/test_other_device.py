@@ -35,8 +35,8 @@ def there(comfy, monkeypatch):
     with pytest.MonkeyPatch.context() as patches:
         modes = []
 
-        def enter():
-            modes.append(compute_elsewhere(patches))
+        def enter(**how):
+            modes.append(compute_elsewhere(patches, **how))
             modes[-1].__enter__()
 
         yield enter
@@ -104,9 +104,10 @@ def test_every_family_judges_there(comfy, there, name):
     assert (gradient_there - gradient).norm() < tolerance * gradient.norm()
 
 
-def test_the_node_trains_there(trained, there):
+@pytest.mark.parametrize(("size", "turns"), [(2**36, False), (2**24, True)], ids=["together", "in_turns"])
+def test_the_node_trains_there(trained, there, size, turns):
     """With everything that looks at the model or the judge apart from the steps, and every way to show a guide."""
-    there()
+    there(size=size)
     inputs = {"judge": managed("Qwen2-VL"), "second_judge": managed("InternVL"), "questions": QUESTIONS}
     inputs |= {"check_every": 1, "self_check": True, "checkpointing": True, "recompute": "automatic"}
     output, shown = trained(**inputs)
@@ -114,3 +115,4 @@ def test_the_node_trains_there(trained, there):
     assert before.device.type == after.device.type == "cpu" and "unseen pictures" in shown[-1]
     assert all(tensor.device.type == "cpu" for tensor in lora.values())
     assert "data:image" in page(report)
+    assert any("Taking turns" in line for line in shown) == turns
