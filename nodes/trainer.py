@@ -42,7 +42,7 @@ UNFINISHED = "dual_process/unfinished"
 UNSAVED = "The LoRA is not saved: connect Save LoRA to keep it."
 NOTHING_LEARNED = "no look was better than the first, so the LoRA is what it was before"
 NO_ANSWER = (
-    "The judge hardly ever answers '{}' with Yes or No, so its answer says little. Try Ask the Judge, and end the "
+    "The judge hardly ever answers {} with Yes or No, so its answer says little. Try Ask the Judge, and end the "
     "question with: Answer with Yes or No."
 )
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one, or none."
@@ -101,8 +101,8 @@ class Trainer(io.ComfyNode):
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
-            for question in never_answered(first, student.draw(CHECK_SEEDS), questions):
-                show.warn(NO_ANSWER.format(question.text.strip()))
+            if unclear := never_answered(first, student.draw(CHECK_SEEDS), questions):
+                show.warn(NO_ANSWER.format(", ".join(f"'{question.text.strip()}'" for question in unclear)))
             run = train(student, first, goal, settings, show, second)
             show.over = True
             if settings.check_every and run.checks[-1].step:
