@@ -45,6 +45,16 @@ class Elsewhere(Tensor):
         return _run(func, args, kwargs or {})
 
 
+class _Generator(torch.Generator):
+    """Draws for one device."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+    def __init__(self, device="cpu"):
+        self.there = torch.device(device).type == THERE.type
+
+
 class _Everywhere(TorchDispatchMode):
     def __enter__(self):
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([...], device=...) asks this mode for the move, too
@@ -77,8 +87,9 @@ def _run(func, args: tuple, kwargs: dict):
     goes_there = asked[0].type == THERE.type if asked else bool(there)
     if name == "aten::to.other":
         goes_there = isinstance(tensors[1], Elsewhere)
-    if goes_there and any(isinstance(leaf, torch.Generator) for leaf in leaves):
-        raise RuntimeError(f"Expected a '{THERE.type}' device type for generator but found 'cpu' ({name})")
+    drawn_there = {getattr(leaf, "there", False) for leaf in leaves if isinstance(leaf, torch.Generator)}
+    if drawn_there and drawn_there != {goes_there}:
+        raise RuntimeError(f"Expected a generator of the device of what is drawn ({name})")
 
     def here(leaf):
         if isinstance(leaf, torch.device):
@@ -108,7 +119,7 @@ def compute_elsewhere(monkeypatch, size: int = 2**36) -> TorchDispatchMode:
     """Let ComfyUI compute on ``THERE``, which has room for ``size`` bytes of weights, and keep models on the CPU, for
     as long as the mode that is returned is entered and ``monkeypatch`` lasts."""
 
-    def free(*_, torch_free_too=False):
+    def free(dev=None, torch_free_too=False):
         left = size - sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models)
         return (left, left) if torch_free_too else left
 
@@ -123,6 +134,7 @@ def compute_elsewhere(monkeypatch, size: int = 2**36) -> TorchDispatchMode:
         monkeypatch.setattr(mm, name, value)
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda data, **kwargs: tensor(tree_map(_number, data), **kwargs))
+    monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setattr(torch, THERE.type, object(), raising=False)  # what checkpointing asks for the state of dropout
     for module in (comfy_memory, control_hints):
         monkeypatch.setattr(module, "_disable_current_modes", nullcontext)  # the mode of this device has to last
