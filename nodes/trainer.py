@@ -268,9 +268,10 @@ class Progress:
             log.exception("The LoRA of the run that stopped early could not be saved")
             return
         name = path.relative_to(loras_folder()).as_posix()
+        best = f"LoRA of step {run.checks[-1].step}, the best{'' if self.over else ' so far'}, is saved as {name}"
         self.say(
-            f"Stopped early. The LoRA of step {run.checks[-1].step}, the best so far, is saved as {name}. To go on "
-            f"from it, press R and choose it in continue_from. {self.warned}"
+            f"{'Stopped after training' if self.over else 'Stopped early'}. The {best}. To go on from it, press R and "
+            f"choose it in continue_from. {self.warned}"
         )
 
     def end(self, run: Run, reminder: str) -> None:
