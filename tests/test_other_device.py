@@ -3,6 +3,8 @@ behind, and what comes of it is what comes of it on the CPU."""
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -117,3 +119,24 @@ def test_the_node_trains_there(trained, there, size, turns):
     assert all(tensor.device.type == "cpu" for tensor in lora.values())
     assert "data:image" in page(report)
     assert any("Taking turns" in line for line in shown) == turns
+
+
+def test_nothing_of_a_run_stays_there(trained, there):
+    """Beside the weights that ComfyUI keeps loaded, and without waiting for garbage collection."""
+    import comfy.model_management as mm
+
+    from dual_process.tests.other_device import Elsewhere
+
+    there()
+    inputs = {"judge": managed("Qwen2-VL"), "questions": QUESTIONS, "self_check": True, "checkpointing": True}
+    gc.collect()
+    gc.disable()
+    try:
+        output, _ = trained(**inputs, check_every=1, recompute="automatic")
+        loaded = [one.model.model for one in mm.current_loaded_models]
+        weights = {id(tensor) for model in loaded for tensor in [*model.parameters(), *model.buffers()]}
+        left = [one for one in gc.get_objects() if isinstance(one, Elsewhere) and id(one) not in weights]
+    finally:
+        gc.enable()
+    assert loaded and output.result
+    assert sum(one.nbytes for one in left) < 1000, [one.shape for one in left]
