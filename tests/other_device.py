@@ -4,6 +4,7 @@ here as a GPU's do."""
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import ClassVar
 
 import comfy.model_management as mm
 import torch
@@ -45,14 +46,16 @@ class Elsewhere(Tensor):
         return _run(func, args, kwargs or {})
 
 
-class _Generator(torch.Generator):
-    """Draws for one device."""
+class _Generator(torch._C.Generator):
+    """Draws for one device. Torch hands on what it wraps, not this object."""
+
+    there: ClassVar[set[int]] = set()
 
     def __new__(cls, device="cpu"):
         return super().__new__(cls)
 
     def __init__(self, device="cpu"):
-        self.there = torch.device(device).type == THERE.type
+        (self.there.add if torch.device(device).type == THERE.type else self.there.discard)(self._cdata)
 
 
 class _Everywhere(TorchDispatchMode):
@@ -87,7 +90,7 @@ def _run(func, args: tuple, kwargs: dict):
     goes_there = asked[0].type == THERE.type if asked else bool(there)
     if name == "aten::to.other":
         goes_there = isinstance(tensors[1], Elsewhere)
-    drawn_there = {getattr(leaf, "there", False) for leaf in leaves if isinstance(leaf, torch.Generator)}
+    drawn_there = {leaf._cdata in _Generator.there for leaf in leaves if isinstance(leaf, torch._C.Generator)}
     if drawn_there and drawn_there != {goes_there}:
         raise RuntimeError(f"Expected a generator of the device of what is drawn ({name})")
 

@@ -46,6 +46,23 @@ def there(comfy, monkeypatch):
             mode.__exit__(None, None, None)
 
 
+def test_it_refuses_what_a_gpu_refuses(comfy, there):
+    from dual_process.tests.other_device import THERE
+
+    there()
+    ours, theirs = torch.ones(2, 2), torch.nn.Linear(2, 2).to(THERE)
+    assert theirs.weight.device == THERE and theirs(ours.to(THERE)).device == THERE
+    assert theirs(ours.to(THERE)).cpu().device.type == "cpu"
+    assert (ours.to(THERE)[torch.tensor([1])] * torch.tensor(2.0)).tolist() == [[2, 2]]
+    for meeting in (lambda: theirs(ours), lambda: ours + ours.to(THERE), lambda: ours[torch.tensor([1], device=THERE)]):
+        with pytest.raises(RuntimeError, match="same device"):
+            meeting()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(2, device=THERE, generator=torch.Generator())
+    with pytest.raises(TypeError, match="numpy"):
+        ours.to(THERE).numpy()
+
+
 def managed(name):
     """A judge of the family that ComfyUI can load."""
     from dual_process.trainers.comfy_memory import ManagedJudge
