@@ -34,6 +34,7 @@ from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pair, smol_judge, start_comfyui
 from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine, report
 from dual_process.trainers.live_memory import LiveMemory
+from dual_process.vlm.memory import out_of_memory
 
 Made = TypeVar("Made")
 QUESTIONS = 3
@@ -229,7 +230,9 @@ def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
             found["chosen"] = way.plan.sentence()
         turns = way.student.turns
         return found | ({"moving_seconds": turns.seconds} if turns.apart else {})
-    except (torch.OutOfMemoryError, DoesNotFit):
+    except RuntimeError as error:
+        if not (out_of_memory(error) or isinstance(error, DoesNotFit)):
+            raise
         return dict(NO_ROOM)
     finally:
         release()
@@ -239,8 +242,10 @@ def made(build: Callable[[], Made]) -> Made | None:
     """What ``build`` makes, or None where there is no room for it."""
     try:
         return build()
-    except torch.OutOfMemoryError:
-        pass  # what was made of it is held until the error is gone
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        # what was made of it is held until the error is gone
     release()
     return None
 

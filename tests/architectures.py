@@ -133,6 +133,18 @@ ARCHITECTURES = {
          "caption_channels": CONTEXT},
         (1, 4, 34, 34),  # its position embedding divides by zero below 33
     ),
+    "Cosmos Predict2": Architecture(  # Anima's blocks, too
+        "CosmosT2IPredict2",
+        {"image_model": "cosmos_predict2", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16,
+         "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 128, "num_blocks": 2,
+         "num_heads": 2, "concat_padding_mask": True, "crossattn_emb_channels": CONTEXT, "pos_emb_cls": "rope3d",
+         "pos_emb_learnable": False, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+         "use_adaln_lora": True, "adaln_lora_dim": 16, "rope_h_extrapolation_ratio": 1.0,
+         "rope_w_extrapolation_ratio": 1.0, "rope_t_extrapolation_ratio": 1.0, "extra_per_block_abs_pos_emb": False,
+         "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0, "extra_t_extrapolation_ratio": 1.0,
+         "rope_enable_fps_modulation": False},
+        (1, 16, 1, 8, 8),
+    ),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dual_process.trainers.dual_process import Settings, train
 from dual_process.trainers.objective import Objective
 from dual_process.trainers.report import page
 from dual_process.vlm.guides import Horizon
+from dual_process.vlm.judge import beside
 from dual_process.vlm.overlay import BeforeAfter, Beside, Overlay
 from dual_process.vlm.question import Question
 
@@ -157,3 +158,17 @@ def test_nothing_of_a_run_stays_there(trained, there):
         gc.enable()
     assert loaded and output.result
     assert sum(one.nbytes for one in left) < 1000, [one.shape for one in left]
+
+
+@pytest.mark.parametrize("elsewhere", ["picture", "reference"])
+def test_a_picture_of_another_device_may_stand_beside(comfy, there, elsewhere):
+    """Some node packs hand pictures on where they computed them."""
+    from dual_process.tests.other_device import THERE
+
+    there()
+    picture, reference = torch.rand(2, 3, 8, 8), torch.rand(1, 3, 6, 6)
+    if elsewhere == "picture":
+        picture = picture.to(THERE)
+    else:
+        reference = reference.to(THERE)
+    assert {shown.device for pair in beside(reference, picture) for shown in pair} == {picture.device}

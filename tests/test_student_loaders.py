@@ -116,3 +116,23 @@ def test_a_vae_whose_memory_moves(lab, Dynamic):
     student = lab.build_student("SD3", vae=vae)
     assert not student.decoder.is_dynamic()
     student.run(lambda: check_gradients(student), beside=[])
+
+
+def test_a_controlnet_whose_memory_moves_is_left_alone(lab, Dynamic):
+    """Its layers hold on to the device's memory between uses, where a copy could read what is no longer there."""
+    from dual_process.trainers.comfy_memory import gradients, loaded_for_training
+
+    layer = nn.Linear(4, 4)
+    layer.weight, layer._v_weight = nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4)
+    weight, alias = layer.weight, layer._v_weight
+    control = Dynamic(nn.Sequential(layer), torch.device("cpu"), torch.device("cpu"))
+    with gradients(), loaded_for_training([control]):
+        assert layer.weight is weight and layer._v_weight is alias and not weight.requires_grad
+
+
+def test_gligen_whose_memory_moves(lab, Dynamic):
+    boxes = Dynamic(nn.Linear(4, 4), torch.device("cpu"), torch.device("cpu"))
+    [[tensor, values]] = lab.build_conditioning("SD1.5")
+    positive = [[tensor, values | {"gligen": ("position", boxes, [])}]]
+    with pytest.raises(ValueError, match="GLIGEN boxes.*--disable-dynamic-vram"):
+        lab.build_student("SD1.5", positives=[positive])

@@ -16,6 +16,9 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..vlm.memory import out_of_memory
+from .rope import rope_in_torch
+
 EVERYTHING = 1e30  # bytes
 Result = TypeVar("Result")
 
@@ -65,7 +68,7 @@ def gradients():
     before = getattr(mm, "in_training", False)
     mm.in_training = True
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), rope_in_torch():
             yield
     finally:
         mm.in_training = before
@@ -79,7 +82,7 @@ def static_clone(patcher: ModelPatcher) -> ModelPatcher:
     """
     if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
         return patcher.clone()
-    if patcher.is_dynamic() and patcher.cached_patcher_init is None:
+    if is_dynamic(patcher) and patcher.cached_patcher_init is None:
         raise ValueError(
             f"The loader of {type(patcher.model).__name__} cannot give its weights a fixed place, which training "
             "needs. Load it with Load Diffusion Model or Load Checkpoint, Load CLIP or Load VAE (no TAESD), or start "
@@ -112,13 +115,23 @@ def load_whole(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
 def loaded_for_training(patchers: list[ModelPatcher], memory_required: int = 0):
     """As ``load_whole``, the models frozen and free of inference tensors for as long as the context lasts."""
     load_whole(patchers, memory_required)
+    fixed = [patcher.model for patcher in patchers if not is_dynamic(patcher)]
     try:
+        for model in fixed:
+            make_trainable_through(model)
         for patcher in patchers:
-            make_trainable_through(patcher.model)
+            patcher.model.requires_grad_(False)
         yield
     finally:
-        for patcher in patchers:
-            make_movable(patcher.model)
+        for model in fixed:
+            make_movable(model)
+
+
+def is_dynamic(patcher: ModelPatcher) -> bool:
+    """Whether its weights have no fixed place, as newer ComfyUIs load models on NVIDIA: they lie in memory that is
+    taken away as others need it, so nothing may hold on to them. That is no harm where no gradient passes, as in
+    ControlNets."""
+    return getattr(patcher, "is_dynamic", bool)()
 
 
 class Turns:
@@ -168,8 +181,8 @@ class Turns:
         """What ``work`` makes; where memory runs out with all models there, it is done again in turns."""
         try:
             return work()
-        except torch.OutOfMemoryError:
-            if not self.can_part:
+        except RuntimeError as error:
+            if not (out_of_memory(error) and self.can_part):
                 raise
         self.part()
         return work()
@@ -270,14 +283,13 @@ class InTurn:
 
 
 def make_trainable_through(root: nn.Module) -> None:
-    """Freeze every parameter and replace inference tensors, which cannot be saved for backward, by normal copies."""
+    """Replace inference tensors, which cannot be saved for backward, by normal copies."""
     _replace_parameters(root, _refused_by_autograd, _copy)
     for module in root.modules():
         _copy_tensors(module._buffers)
         _copy_tensors(vars(module))
     if hasattr(root, "latent_format"):
         _copy_tensors(vars(root.latent_format))
-    root.requires_grad_(False)
 
 
 def make_movable(root: nn.Module) -> None:

@@ -26,6 +26,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..vlm.judge import FP16_GRADIENT_SCALE
+from ..vlm.memory import out_of_memory
 from .checkpointing import (
     DECODER,
     JUDGE,
@@ -35,7 +36,7 @@ from .checkpointing import (
     make_recomputable,
     prepare_for_backward,
 )
-from .comfy_memory import InTurn, ManagedJudge, Result, TransformersHolder, Turns, gradients, static_clone
+from .comfy_memory import InTurn, ManagedJudge, Result, TransformersHolder, Turns, gradients, is_dynamic, static_clone
 from .control_hints import hints_encoded_apart
 from .full_precision import multiplied_in_full
 from .lora import LoRA, lora_targets
@@ -108,10 +109,13 @@ class ComfyStudent:
                 f"A SAMPLER of the kind {type(sampler).__name__} cannot be walked step by step. Connect one from "
                 "KSamplerSelect, or use sampler_name."
             )
-        if any(getattr(patch, "is_dynamic", bool)() for patch in model.model_patches_models()):
+        said = [values for conditioning in [*positives, negative or []] for _, values in conditioning]
+        boxes = [values["gligen"][1] for values in said if "gligen" in values]
+        if any(map(is_dynamic, [*model.model_patches_models(), *boxes])):
             raise ValueError(
-                "A patch of the model (a ControlNet of Qwen-Image or Z-Image) has weights that move while it runs, "
-                "through which no right gradient passes. Start ComfyUI with --disable-dynamic-vram, or take it off."
+                "A patch of the model (a ControlNet of Qwen-Image or Z-Image, GLIGEN boxes) has weights that move "
+                "while it runs, through which no right gradient passes. Start ComfyUI with --disable-dynamic-vram, or "
+                "take it off."
             )
         if any(_swaps_weights(conditioning) for conditioning in [*positives, negative or []]):
             raise ValueError(
@@ -382,7 +386,9 @@ class _Loop(comfy.samplers.Sampler):
         with prepare_for_backward(model_wrap.inner_model.diffusion_model, student.recompute, patches):
             try:
                 self.result = self.loop()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 raise torch.OutOfMemoryError(f"{student.shortage()} ({error})") from error
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image

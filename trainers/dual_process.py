@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..vlm.judge import eased
+from ..vlm.memory import out_of_memory
 from .augment import varied, with_noise
 from .average import Average
 from .looks import Check, Looks, percent
@@ -217,8 +218,8 @@ def passes(student, judge, objective: Objective, settings: Settings, rng: torch.
     before = rng.get_state()
     try:
         return _passes(student, judge, objective, settings, rng)
-    except torch.OutOfMemoryError:
-        if not student.recompute.give_way():
+    except RuntimeError as error:
+        if not (out_of_memory(error) and student.recompute.give_way()):
             raise
     log.warning("Memory ran out: from here on everything is recomputed, which takes longer.")
     rng.set_state(before)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..vlm.judge import eased
+from ..vlm.memory import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +49,13 @@ def check_gradients(student) -> None:
     try:
         with _off_the_grid(student.lora):
             _check_first_step(student)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as fault:
+        if out_of_memory(fault):
+            raise
         try:
             _check_first_step(student)  # some models may not bear the update; what is at fault fails without it too
         except RuntimeError as same:
-            raise same if isinstance(same, torch.OutOfMemoryError) else fault
+            raise same if out_of_memory(same) else fault
     for k in sorted({student.steps // 2, student.steps - 1} - {0}):
         _check_later_step(student, k)
 
@@ -109,9 +110,9 @@ def _check_later_step(student, k: int) -> None:
         x = student.roll(student.noise(SEED), k)
         value = student.predict(x, k).square().mean() * student.gradient_scale
         torch.autograd.grad(value, list(student.lora.parameters()), allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError) as error:
+        if out_of_memory(error):
+            raise
         raise RuntimeError(
             f"The model cannot be learned from at sampler step {k + 1} ({str(error).splitlines()[0]}), though it can "
             "at the first: a patch reuses one step's result for another. Take EasyCache, TeaCache and the like off the "
@@ -146,9 +147,9 @@ def _lora_gradients(student, x: Tensor, prediction: Tensor, weights: Tensor) -> 
     value = (prediction * weights).sum() * student.gradient_scale
     try:
         found = torch.autograd.grad(value, parameters, allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise RuntimeError(
             f"Backward through the model fails ({str(error).splitlines()[0]}). A patch or a loader is in the way: take "
             f"the patches off the model, or: {STOCK_LOADERS}."

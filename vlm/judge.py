@@ -139,4 +139,4 @@ def beside(reference: Tensor | None, pictures: Tensor) -> list[list[Tensor]]:
         return [[picture] for picture in pictures]
     if len(reference) not in (1, len(pictures)):
         raise ValueError(f"{len(reference)} references for {len(pictures)} pictures: connect one, or one for each.")
-    return [list(pair) for pair in zip(reference.expand(len(pictures), -1, -1, -1), pictures)]
+    return [list(pair) for pair in zip(reference.to(pictures).expand(len(pictures), -1, -1, -1), pictures)]

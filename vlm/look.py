@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .memory import out_of_memory
 from .plain import plain_look, repeated
 from .prompts import Prompt
 from .shared import shared_look
@@ -76,9 +77,9 @@ class Look:
             return "the beginning of its prompt sees the end"
         try:
             shared = shared_look(self.model, pixels, prompts, rows)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # every family fails in its own way, and all of them mean the same here
+            if out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {error}"
         plain = plain_look(self.model, pixels, prompts, rows)
         gap = ((shared - plain).abs() / plain.abs().clamp(min=1)).max().item()
