@@ -55,6 +55,17 @@ def test_layers_that_steer_are_adapted_only_when_named(pattern, chosen):
     assert list(lora_targets(Net(), pattern)) == [f"blocks.{i}.{name}" for i in (0, 1) for name in chosen]
 
 
+@pytest.mark.parametrize("name", ["modC", "modCX", "mapper", "mapper_sca", "img_mod", "adaLN_modulation", "norm1"])
+def test_what_models_call_layers_that_steer(name):
+    """AuraFlow and Stable Cascade among them; Cascade's ``kv_mapper`` draws."""
+    net = Net()
+    for block in net.blocks:
+        block.add_module(name, nn.Linear(8, 8))
+        block.kv_mapper = nn.Linear(8, 8)
+    assert [path for path in lora_targets(net) if name in path.split(".")] == []
+    assert "blocks.0.kv_mapper" in lora_targets(net)
+
+
 @pytest.mark.parametrize("pattern", ["*attn", "attn["])
 def test_targets_that_are_no_pattern_are_said_to_be_none(pattern):
     with pytest.raises(ValueError, match="are not a valid regular expression.*Write 'attn', for example"):

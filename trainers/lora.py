@@ -20,7 +20,9 @@ from .forward_override import override_forward
 
 # Layers that steer the whole network (modulation, embedders, norms) rather than draw: adapting them burns pictures, so
 # they are left alone unless they are named.
-NOT_ADAPTED = re.compile(r"(.*_)?mod(ulation)?(_.*)?|adaLN.*|.*emb(ed.*)?(_.*)?|.*norm.*", re.IGNORECASE)
+NOT_ADAPTED = re.compile(
+    r"(.*_)?mod(ulation|C|X|CX)?(_.*)?|mapper(_.*)?|adaLN.*|.*emb(ed.*)?(_.*)?|.*norm.*", re.IGNORECASE
+)
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
