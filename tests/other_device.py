@@ -16,7 +16,7 @@ from dual_process.trainers import comfy_memory, control_hints
 
 # a kind of device that torch has no kernels for on this machine, whose backward runs in the thread that asks for it
 THERE = torch.device("lazy", 0)
-MAY_MEET = ("aten::copy_", "aten::to.other", "aten::index.", "aten::index_put", "aten::_index_put_impl_")
+MAY_MEET = ("aten::copy_", "aten::to.other")
 
 
 class Elsewhere(Tensor):
@@ -71,6 +71,23 @@ class _Everywhere(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def _strangers(name: str, tensors: list[Tensor], args: tuple) -> list[Tensor]:
+    """The tensors of an operator if they may not meet, as CUDA has it: numbers of the CPU may be factors and the like
+    (but not be joined or written to), and indices lie where they want if what is indexed is there."""
+    if name.startswith(MAY_MEET):
+        return []
+    if name.startswith("aten::index.") and isinstance(args[0], Elsewhere):
+        return []
+    if name.startswith(("aten::index_put", "aten::_index_put_impl_")):
+        tensors = [args[0], args[2]]
+    there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere)]
+    joined = name.startswith(("aten::cat", "aten::stack"))
+    written = name.split(".")[0].endswith("_") and not isinstance(tensors[0], Elsewhere)
+    only_numbers = all(tensor.ndim == 0 for tensor in here)
+    return tensors if there and here and (joined or written or not only_numbers) else []
+
+
 def _run(func, args: tuple, kwargs: dict):
     """``func`` on the CPU, its result on the device that it asked for or that its tensors are on."""
     leaves = tree_leaves((args, kwargs))
@@ -82,10 +99,8 @@ def _run(func, args: tuple, kwargs: dict):
     name = func.name()
     if name == "aten::_has_compatible_shallow_copy_type":  # modules then take the new tensor in place of the old one
         return len(there) == len(tensors)
-    lone = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, Elsewhere)]
-    indexed_here = name.startswith("aten::index") and not isinstance(tensors[0], Elsewhere)
-    if there and lone and (not name.startswith(MAY_MEET) or indexed_here):
-        shapes = [(tensor.device.type, tuple(tensor.shape)) for tensor in tensors]
+    if strangers := _strangers(name, tensors, args):
+        shapes = [(tensor.device.type, tuple(tensor.shape)) for tensor in strangers]
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} was given {shapes}")
     goes_there = asked[0].type == THERE.type if asked else bool(there)
     if name == "aten::to.other":

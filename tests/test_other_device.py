@@ -55,7 +55,15 @@ def test_it_refuses_what_a_gpu_refuses(comfy, there):
     assert theirs.weight.device == THERE and theirs(ours.to(THERE)).device == THERE
     assert theirs(ours.to(THERE)).cpu().device.type == "cpu"
     assert (ours.to(THERE)[torch.tensor([1])] * torch.tensor(2.0)).tolist() == [[2, 2]]
-    for meeting in (lambda: theirs(ours), lambda: ours + ours.to(THERE), lambda: ours[torch.tensor([1], device=THERE)]):
+    number = torch.tensor(1.0)
+    for meeting in (
+        lambda: theirs(ours),
+        lambda: ours + ours.to(THERE),
+        lambda: ours[torch.tensor([1], device=THERE)],
+        lambda: torch.stack([number, number.to(THERE)]),
+        lambda: torch.tensor(1.0).add_(number.to(THERE)),
+        lambda: ours.to(THERE).index_put_((torch.tensor([1]),), torch.ones(2)),
+    ):
         with pytest.raises(RuntimeError, match="same device"):
             meeting()
     with pytest.raises(RuntimeError, match="generator"):

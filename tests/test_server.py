@@ -272,15 +272,18 @@ def test_cancel_saves_the_best_lora_so_far_to_go_on_from(client, teach):
 
 
 def test_cancel_of_the_last_look_at_other_pictures_loses_nothing(client, server, teach):
-    known = loras(client)
+    known, said = loras(client), []
 
     def cancel_when_training_is_over(event):
-        if event["type"] == "binary" and b"Judging other pictures" in event["data"]:
-            client.interrupt()
+        if event["type"] == "binary":
+            said.append(event["data"])
+            if b"Judging other pictures" in event["data"]:
+                client.interrupt()
 
     with pytest.raises(PromptInterrupted):
         client.run(teach(seed=34, check_every=1), cancel_when_training_is_over)
     (unfinished,) = loras(client) - known
+    assert any(b"Stopped after training" in text for text in said)
     with safe_open(server.base / "models" / "loras" / unfinished, "pt") as file:
         story = json.loads(file.metadata()["dual_process"])
     assert (story["stopped"], story["steps_done"], story["unseen"]) == ("all steps done", 3, [])

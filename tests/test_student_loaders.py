@@ -118,6 +118,20 @@ def test_a_vae_whose_memory_moves(lab, Dynamic):
     student.run(lambda: check_gradients(student), beside=[])
 
 
+def test_rotary_embeddings_are_as_before_after_training(comfy):
+    kitchen = pytest.importorskip("comfy_kitchen", reason="this ComfyUI computes them itself")
+    from comfy_kitchen.backends.eager import rope
+
+    from dual_process.trainers.rope import rope_in_torch
+
+    before = dict(vars(kitchen))
+    with pytest.raises(KeyboardInterrupt), rope_in_torch():
+        for name in ("apply_rope", "apply_rope1", "rms_rope", "rms_rope_split_half"):
+            assert getattr(kitchen, name) is getattr(rope, name) is not before[name]
+        raise KeyboardInterrupt
+    assert vars(kitchen) == before
+
+
 def test_a_controlnet_whose_memory_moves_is_left_alone(lab, Dynamic):
     """Its layers hold on to the device's memory between uses, where a copy could read what is no longer there."""
     from dual_process.trainers.comfy_memory import gradients, loaded_for_training

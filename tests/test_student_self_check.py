@@ -56,15 +56,41 @@ def test_neither_is_that_of_hundreds_of_layers(lab, monkeypatch, name, dtype):
     check(lab.build_student(name, lab.build_model(name, dtype=dtype)))
 
 
-def test_gradients_beyond_half_precision_are_scaled_by_less(lab):
-    student = lab.build_student("SD3", lab.build_model("SD3", dtype=torch.float16))
+@pytest.mark.parametrize("half", ["model", "VAE"])
+def test_gradients_beyond_half_precision_are_scaled_by_less(lab, half):
+    vae = lab.build_vae("SD3")
+    if half == "VAE":
+        vae.vae_dtype = torch.float16
+        vae.first_stage_model.half()
+    model = lab.build_model("SD3", dtype=torch.float16 if half == "model" else torch.float32)
+    student = lab.build_student("SD3", model, vae=vae)
 
     def begin_too_high():
-        student.gradient_scale = 2.0**24
+        student.gradient_scale = 2.0**40
         check_gradients(student)
 
     student.run(begin_too_high, beside=[])
-    assert 1 < student.gradient_scale < 2**24
+    assert 1 < student.gradient_scale < 2**40
+
+
+def test_a_scale_that_the_check_itself_was_too_rough_for_is_restored(lab, monkeypatch):
+    from dual_process.trainers import self_check
+
+    student, first = lab.build_student("SD3"), self_check._check_first_step
+
+    def rough(student):
+        if any(adapter.B.any() for adapter in student.lora.adapters):
+            student.gradient_scale = 1.0
+            raise RuntimeError("beyond its range")
+        first(student)
+
+    def begin():
+        student.gradient_scale = 64.0
+        check_gradients(student)
+
+    monkeypatch.setattr(self_check, "_check_first_step", rough)
+    student.run(begin, beside=[])
+    assert student.gradient_scale == 64.0
 
 
 def test_the_lora_is_left_as_it_was(lab):

@@ -113,7 +113,8 @@ def load_whole(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
 
 @contextmanager
 def loaded_for_training(patchers: list[ModelPatcher], memory_required: int = 0):
-    """As ``load_whole``, the models frozen and free of inference tensors for as long as the context lasts."""
+    """As ``load_whole``, the models frozen for as long as the context lasts and, but for dynamic ones, free of
+    inference tensors."""
     load_whole(patchers, memory_required)
     fixed = [patcher.model for patcher in patchers if not is_dynamic(patcher)]
     try:
@@ -273,6 +274,7 @@ class InTurn:
 
     def __init__(self, managed: ManagedJudge, turns: Turns):
         self._managed, self._turns = managed, turns
+        self.gradient_scale = managed.judge.gradient_scale  # the run's own, which may fall
 
     def __getattr__(self, name: str):
         return getattr(self._managed.judge, name)

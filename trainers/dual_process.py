@@ -25,7 +25,7 @@ from .objective import Objective
 log = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
-STRIKES = 3  # steps in a row without a finite gradient that end a run
+STRIKES = 4  # steps in a row without a finite gradient that end a run; from the second on they are scaled by less
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
@@ -174,7 +174,7 @@ def train(
                 )
             if strikes:
                 run.skipped += 1
-                for scaled in (student, judge):
+                for scaled in (student, judge) if strikes > 1 else ():
                     scaled.gradient_scale = eased(scaled.gradient_scale)
             else:
                 optimizer.step()

@@ -1,6 +1,6 @@
 """Rotary embeddings that gradients pass: newer ComfyUIs leave them to comfy-kitchen, where they have no derivative.
 
-In training ComfyUI computes them otherwise for most models, but not for Cosmos Predict2, Anima, JoyImage and Ernie.
+In training ComfyUI computes them otherwise for most models, but not for all: Cosmos Predict2, Anima, JoyImage, Ernie.
 """
 
 from __future__ import annotations

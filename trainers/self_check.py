@@ -38,20 +38,23 @@ NO_KERNELS = "start ComfyUI with --use-pytorch-cross-attention, and take sage at
 def check_gradients(student) -> None:
     """Compare the student's gradients with finite differences, at its first sampling step.
 
-    Costs three forwards with backward, nine or ten without (more where the first step length does not fit), one decode
-    with backward, and the draw of one and a half pictures. The LoRA is left as it was.
+    Costs three forwards with backward, ten or eleven without (more where the first step length does not fit, or half
+    precision cannot hold the gradients), one decode with backward, and the draw of one and a half pictures. The LoRA is
+    left as it was; the student's ``gradient_scale`` falls to what its gradients need to be finite.
 
     Args:
         student: a student that is being run (inside its ``run``).
     Raises:
         RuntimeError: gradients do not pass, or are not the model's; the text says what to change.
     """
+    scale = student.gradient_scale
     try:
         with _off_the_grid(student.lora):
             _check_first_step(student)
     except RuntimeError as fault:
         if out_of_memory(fault):
             raise
+        student.gradient_scale = scale
         try:
             _check_first_step(student)  # some models may not bear the update; what is at fault fails without it too
         except RuntimeError as same:
@@ -91,13 +94,14 @@ def _check_first_step(student) -> None:
             "No gradient passes through the model: its loader or a patch computes without autograd (TensorRT "
             f"engines and some quantised loaders do). {STOCK_LOADERS}."
         )
-    _check_decoder(student, prediction.detach())
+    prediction = prediction.detach()
+    _check_decoder(student, prediction)
     weights = _smooth_weights(prediction)
-    gradients = _lora_gradients(student, x, prediction, weights)
 
     def predict() -> Tensor:
         return student.predict(x, 0)
 
+    gradients = _lora_gradients(student, predict, weights)
     with torch.no_grad():
         probe = _Probe(list(student.lora.adapters), gradients, predict, weights)
         probe.look_for_cut_layers(student.lora.paths)
@@ -122,15 +126,26 @@ def _check_later_step(student, k: int) -> None:
 
 def _check_decoder(student, latent: Tensor) -> None:
     latent.requires_grad_()
-    image = student.decode(latent)
-    if image.requires_grad:
-        (gradient,) = torch.autograd.grad(image.square().mean() * student.gradient_scale, latent)
-        if torch.isfinite(gradient).all() and gradient.any():
-            return
-    raise RuntimeError(
-        "No usable gradient passes through the VAE: it decodes in tiles, without autograd, or beyond the range of its "
-        "number format. Connect the VAE straight from Load VAE, without tiling patches, and run it in bf16 or fp32."
-    )
+    gradient = _gradients(student, lambda: student.decode(latent).square().mean(), [latent])
+    if gradient is None or not gradient[0].any():
+        raise RuntimeError(
+            "No usable gradient passes through the VAE: it decodes in tiles, without autograd, or beyond the range of "
+            "its number format. Connect the VAE straight from Load VAE, without tiling patches, and run it in bf16 or "
+            "fp32."
+        )
+
+
+def _gradients(student, value: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor] | None:
+    """Those of ``value()``, by the largest of the student's scales at which they are finite; None if there are none."""
+    while (outcome := value() * student.gradient_scale).requires_grad:
+        found = torch.autograd.grad(outcome, inputs, allow_unused=True)
+        found = [torch.zeros_like(i) if g is None else g / student.gradient_scale for i, g in zip(inputs, found)]
+        if all(g.isfinite().all() for g in found):
+            return found
+        if student.gradient_scale == 1.0:
+            return None
+        student.gradient_scale = eased(student.gradient_scale)
+    return None
 
 
 def _smooth_weights(like: Tensor) -> Tensor:
@@ -141,12 +156,10 @@ def _smooth_weights(like: Tensor) -> Tensor:
     return weights / weights.norm()  # the size of a judge's gradient, which half precision can carry
 
 
-def _lora_gradients(student, x: Tensor, prediction: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of ``(prediction * weights).sum()`` for every adapter's A and B; ``prediction`` is that from ``x``."""
-    parameters = list(student.lora.parameters())
-    value = (prediction * weights).sum() * student.gradient_scale
+def _lora_gradients(student, predict: Callable[[], Tensor], weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of ``(predict() * weights).sum()`` for every adapter's A and B."""
     try:
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        found = _gradients(student, lambda: (predict() * weights).sum(), list(student.lora.parameters()))
     except RuntimeError as error:
         if out_of_memory(error):
             raise
@@ -154,13 +167,9 @@ def _lora_gradients(student, x: Tensor, prediction: Tensor, weights: Tensor) -> 
             f"Backward through the model fails ({str(error).splitlines()[0]}). A patch or a loader is in the way: take "
             f"the patches off the model, or: {STOCK_LOADERS}."
         ) from error
-    scaled = [torch.zeros_like(p) if g is None else g / student.gradient_scale for p, g in zip(parameters, found)]
-    if not all(torch.isfinite(g).all() for g in scaled):
-        if student.gradient_scale == 1.0:
-            raise RuntimeError("The model's gradients are not finite. Load the model in bf16 or fp32 instead of fp16.")
-        student.gradient_scale = eased(student.gradient_scale)
-        return _lora_gradients(student, x, student.predict(x, 0), weights)
-    return [(a, b) for a, b in zip(scaled[::2], scaled[1::2])]
+    if found is None:
+        raise RuntimeError("The model's gradients are not finite. Load the model in bf16 or fp32 instead of fp16.")
+    return list(zip(found[::2], found[1::2]))
 
 
 class _Probe:

@@ -14,7 +14,7 @@ from .question import Question
 from .seen import seen_picture
 
 FP16_GRADIENT_SCALE = 1024.0  # keeps the small gradients of pixels from vanishing in half precision
-EASE = 16  # what that scale is divided by where gradients have left half precision's range
+EASE = 32  # what that scale is divided by where gradients have left half precision's range
 SOME_SIDE = 64  # px; the tokens of an answer do not depend on the picture's size
 
 
