@@ -174,8 +174,9 @@ def train(
                 )
             if strikes:
                 run.skipped += 1
-                for scaled in (student, judge) if strikes > 1 else ():
-                    scaled.gradient_scale = eased(scaled.gradient_scale)
+                if strikes > 1:
+                    student.gradient_scale = eased(student.gradient_scale)
+                    judge.gradient_scale = eased(judge.gradient_scale)
             else:
                 optimizer.step()
                 average.update()
