@@ -31,7 +31,7 @@ RESIZED_BY_LANCZOS = ("Idefics3", "SmolVLM")  # which transformers has on the CP
 
 
 @pytest.fixture
-def there(comfy, monkeypatch):
+def there(comfy):
     """Enters the other device; what is called before computes on the CPU."""
     from dual_process.tests.other_device import compute_elsewhere
 

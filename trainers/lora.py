@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from .forward_override import override_forward
 
 # Layers that steer the whole network (modulation, embedders, norms) rather than draw: adapting them burns pictures, so
-# they are left alone unless they are named.
+# they are left alone unless the word for it, which is the group, is named.
 NOT_ADAPTED = re.compile(
-    r"(.*_)?mod(ulation|C|X|CX)?(_.*)?|mapper(_.*)?|adaLN.*|.*emb(ed.*)?(_.*)?|.*norm.*", re.IGNORECASE
+    r"(adaLN(?:_mod(?:ulation)?)?).*|(?:.*_)?(mod(?:ulation|C|X|CX)?)(?:_.*)?|(mapper)(?:_.*)?"
+    r"|.*(emb)(?:ed.*)?(?:_.*)?|.*(norm).*",
+    re.IGNORECASE,
 )
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -82,7 +84,8 @@ def lora_targets(diffusion_model: nn.Module, pattern: str = "") -> dict[str, nn.
 
 def _chosen(path: str, wanted: re.Pattern) -> bool:
     matches = [match.span() for match in wanted.finditer(path)]
-    steering = [part.span() for part in re.finditer(r"[^.]+", path) if NOT_ADAPTED.fullmatch(part.group())]
+    parts = (NOT_ADAPTED.fullmatch(path, *part.span()) for part in re.finditer(r"[^.]+", path))
+    steering = [part.span(part.lastindex) for part in parts if part]
     if not steering:
         return bool(matches)
     return any(max(a, c) < min(b, d) for a, b in matches for c, d in steering)
