@@ -59,13 +59,12 @@ def test_a_server_that_dies_is_a_sentence_and_the_place_of_its_log(tmp_path):
 
 
 def test_a_server_that_ends_while_it_works_is_a_connection_error(comfyui, tmp_path):
-    graph = {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
-        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
-    }
     with ComfyServer(tmp_path, tmp_path / "log") as server, ComfyClient(server.url) as client:
+        events = client.events("a prompt that is not finished", timeout=60)
+        assert next(events)["type"] == "status"
+        server.stop()
         with pytest.raises(ConnectionError):
-            client.run(graph, lambda event: server.stop())
+            list(events)
 
 
 def test_leaves_pictures_lora_and_report(demo):
