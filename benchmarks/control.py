@@ -11,6 +11,7 @@ was; pictures and LoRAs lie beside it, FILE_guides.png shows all guides. Ends wi
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,8 @@ def main() -> None:
             more = slider(laboratory, lesson, *goals) if name in SLID and settings.seed == 0 else {}
             table.add(name, settings.seed, lesson, goals, more)
 
-    for seed in range(1 if arguments.quick else 3):
+    seeds = range(1 if arguments.quick else 3)
+    for seed in seeds:
         ours = replace(TEMPLATE, seed=seed)
         for about, answer in EVERY:
             teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES[about], seed=seed))
@@ -87,8 +89,8 @@ def main() -> None:
     for name, change in WITHOUT.items():
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
-        for about, answer in HARDER:
-            changed = replace(TEMPLATES[about], steps=TEMPLATE.steps, **settings)
+        for seed, (about, answer) in itertools.product(seeds, HARDER):
+            changed = replace(TEMPLATES[about], seed=seed, steps=TEMPLATE.steps, **settings)
             teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, count=FEW, **choices)
     guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
     guided.save_examples(table, laboratory)

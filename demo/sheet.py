@@ -11,9 +11,10 @@ TOP, LEFT = 120, 40  # the first node's corner
 GAP = 20  # around columns, and between a node and the next one's title bar
 TITLE_BAR, GROUP_TITLE = 30, 50
 SLOT, WIDGET, TEXT_LINE, LETTER = 20, 24, 15, 6.0  # px that ComfyUI's front end gives them
+NODE_2, LINE_2, BADGE_2 = 12, 16, 20  # px that Nodes 2.0 take more: any node, a line of text, a pack's name
 PICTURE, CURVE, TEXT_PANEL = 236, 124, 64  # what is shown on nodes after a run; the panels are web/dual_process.js's
 SHOWN = {
-    "DualProcessTrainer": CURVE + PICTURE,
+    "DualProcessTrainer": CURVE + PICTURE + 80,
     "DualProcessSaveLoRA": TEXT_PANEL,
     "DualProcessJudgeScore": TEXT_PANEL + PICTURE,
     "DualProcessSeenByJudge": TEXT_PANEL + PICTURE,
@@ -95,9 +96,13 @@ class Sheet:
         properties = {"cnr_id": "dual-process" if kind.startswith("DualProcess") else "comfy-core"}
         properties |= {"Node name for S&R": kind} | ({"models": list(models)} if models else {})
         height = 6 + SLOT * max(len(names) - len([name for name in widgets if name]), len(outputs)) + SHOWN.get(kind, 0)
+        height += NODE_2 + (BADGE_2 if kind.startswith("DualProcess") else 0)
         for name, value in zip(widgets, values):
-            text = name and _options(declared[name]).get("multiline")
-            height += max(90, 20 + self._lines(value)) if text else WIDGET
+            text = name and declared[name][0] == "STRING"
+            if text and _options(declared[name]).get("multiline"):
+                height += max(90, 20 + self._lines(value))
+            else:
+                height += WIDGET + (LINE_2 if text else 0)
         self._place(kind, title, height + (8 if widgets else 0), inputs, outputs, values, properties)
         return node_id
 

@@ -62,7 +62,7 @@ def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
         sheet.add("DualProcessSeenByJudge", images=before, questions=questions, judge=judge, **compared)
     sheet.column(320)
     taught = Out(sheet.add("DualProcessApplyLoRA", "Use what was learned", model=model, lora=lora), 0)
-    sheet.leave(44)  # as much as Save LoRA is higher
+    sheet.leave(60)  # as much as Save LoRA is higher
     shown_with(sheet, models, taught, vae, to_draw, latent, "Draw with it", "After, the same seed")
     return sheet.saved()
 

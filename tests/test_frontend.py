@@ -1,6 +1,7 @@
-"""The templates in ComfyUI's own front end, in a real browser."""
+"""The templates in ComfyUI's own front end, in a real browser, drawn the classic way and as Nodes 2.0."""
 
 import io
+from itertools import combinations
 
 import pytest
 from PIL import Image
@@ -12,9 +13,25 @@ from dual_process.demo.workflow import template, template_names, to_api
 pytestmark = pytest.mark.skipif(not find_browser(), reason="needs Chromium and its chromedriver on the PATH")
 
 
-def test_template_opens_and_runs(server, tmp_path):
+LIVE_PICTURES = "return document.querySelectorAll('img[alt=\"Live sampling preview\"]').length"
+BOXES = """
+    const { scale } = app.canvas.ds;
+    return [...document.querySelectorAll("[data-node-id]")].map((element) => {
+      const { x, y, width, height } = element.getBoundingClientRect();
+      return [element.dataset.nodeId, x / scale, y / scale, width / scale, height / scale];
+    });
+"""
+
+
+@pytest.fixture
+def client(server):
+    """A client of a server whose front end greets nobody and draws nodes the classic way."""
     client = ComfyClient(server.url)
-    client.post("/settings", {"Comfy.TutorialCompleted": True})
+    client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": False})
+    return client
+
+
+def test_template_opens_and_runs(server, client, tmp_path):
     with FrontEnd(server.url) as page:
         page.open_template("dual_process", "Teach the horizon")
         assert page.missing_nodes() == []
@@ -34,9 +51,7 @@ def test_template_opens_and_runs(server, tmp_path):
         assert Image.open(io.BytesIO(client.picture(picture))).width >= 64
 
 
-def test_every_template_opens_as_it_was_written(server):
-    client = ComfyClient(server.url)
-    client.post("/settings", {"Comfy.TutorialCompleted": True})
+def test_every_template_opens_as_it_was_written(server, client):
     object_info = client.get_json("/object_info")
     with FrontEnd(server.url) as page:
         for name in template_names():
@@ -54,10 +69,33 @@ def test_every_template_opens_as_it_was_written(server):
     assert errors == []
 
 
-def test_what_the_judge_is_shown_runs_alone(server):
+def test_nodes_2_have_room_and_let_go_of_the_live_picture(server, client):
+    client.post("/settings", {"Comfy.VueNodes.Enabled": True})
+    with FrontEnd(server.url) as page:
+        for name in template_names():
+            page.script(
+                "await app.loadGraphData(args[0], true, true, null, {showMissingModelsDialog: false});", template(name)
+            )
+            page.script("app.canvas.ds.scale = 0.3; app.canvas.ds.offset = [60, 300]; app.canvas.setDirty(true, true);")
+            page.wait_for("return document.querySelectorAll('[data-node-id]').length", 10)
+            boxes = page.script(BOXES)
+            assert len(boxes) == len(template(name)["nodes"])
+            for one, other in combinations(boxes, 2):
+                assert not _overlap(one[1:], other[1:]), f"{name}: nodes {one[0]} and {other[0]}"
+        page.open_template("dual_process", "Teach the horizon")
+        page.set_widgets("DualProcessTrainer", {"steps": 4, "check_every": 2, "seed": 62})
+        page.script("app.queuePrompt(0);")
+        page.wait_for(LIVE_PICTURES, 120)
+        page.wait_for(LIVE_PICTURES.replace("return", "return !"), 120)
+
+
+def _overlap(one, other):
+    """Whether two boxes [x, y, width, height] share pixels."""
+    return all(max(one[i], other[i]) < min(one[i] + one[i + 2], other[i] + other[i + 2]) for i in (0, 1))
+
+
+def test_what_the_judge_is_shown_runs_alone(server, client):
     """As the templates' notes say: select the node, press the play button above it, and nothing is trained."""
-    client = ComfyClient(server.url)
-    client.post("/settings", {"Comfy.TutorialCompleted": True})
     with FrontEnd(server.url) as page:
         page.open_template("dual_process", "Teach the horizon with a guide")
         page.script("app.canvas.selectNodes(app.graph.nodes.filter(n => n.type === 'DualProcessSeenByJudge'));")

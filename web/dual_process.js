@@ -70,6 +70,13 @@ function afterExecution(node, action) {
   };
 }
 
+// The last live picture would hide the pictures before and after. Nodes 2.0 notice only what their own store forgets.
+function forgetLivePicture(node) {
+  const locator = node.graph?.isRootGraph === false ? `${node.graph.id}:${node.id}` : `${node.id}`;
+  const store = app.extensionManager?._p?._s.get("nodeOutput");
+  for (const shown of [store?.nodePreviewImages, app.nodePreviewImages]) delete shown?.[locator];
+}
+
 // The id of a node inside subgraphs is the path to it: "12:7".
 function findNode(path) {
   let node = null;
@@ -96,9 +103,8 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass === TRAINER) {
-      node.dualProcessCurve = addPanel(node, "judge", CURVE_HEIGHT);
-      // The last live picture would hide the pictures before and after.
-      afterExecution(node, () => delete app.nodePreviewImages?.[node.id]);
+      node.dualProcessCurve = addPanel(node, "answers", CURVE_HEIGHT);
+      afterExecution(node, () => forgetLivePicture(node));
     }
     if (!WITH_TEXT.includes(node.comfyClass)) return;
     const panel = addPanel(node, "result", TEXT_HEIGHT);
