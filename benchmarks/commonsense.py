@@ -37,7 +37,7 @@ from dual_process.vlm.loading import load_judge
 from dual_process.vlm.question import Question
 
 HELD_OUT = 32
-WAYS = ("prompt", "explicit prompt", "LoRA")
+WAYS = ("prompt", "explicit prompt", "LoRA")  # of drawing
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,7 +82,7 @@ def main() -> None:
         lesson = laboratory.learn(Objective([asked, *kept]), settings, HELD_OUT, prompts=[row["prompt"]], **how)
         explicit = laboratory.draw(count=HELD_OUT, prompts=[row["explicit"]], **how)
         pictures = dict(zip(WAYS, (lesson.before, explicit, lesson.after)))
-        result = {**row, **scored(pictures, asked, judges, row.get("property")), **told(lesson)}
+        result = {**row, "as wanted": scored(pictures, asked, judges, row.get("property")), **told(lesson)}
         results.append(result)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
         save_sheet(torch.cat([lesson.before[:8], explicit[:8], lesson.after[:8]]), arguments.json, f"{len(results):03}")
@@ -119,13 +119,14 @@ def told(lesson: Lesson) -> dict:
 
 def table(results: list[dict]) -> str:
     """Markdown: means over rows of what each judge (and the oracle) says of each way of drawing."""
-    judges = list(dict.fromkeys(name for result in results for name in result[WAYS[0]]))
+    judges = list(dict.fromkeys(name for result in results for name in result["as wanted"][WAYS[0]]))
     columns = [f"share of pictures as wanted, {len(results)} rows", *judges]
     lines = []
     for way in WAYS:
         means = []
         for judge in judges:
-            shares = [result[way][judge] for result in results if judge in result[way]]
+            scores = [result["as wanted"][way] for result in results]
+            shares = [score[judge] for score in scores if judge in score]
             means.append(f"{sum(shares) / len(shares):.1%}")
         lines.append([way, *means])
     warned = sum(bool(result["warning"]) for result in results)

@@ -289,6 +289,31 @@ def test_a_real_checkpoint_is_not_asked_about_two_balls(monkeypatch, capsys):
     assert commonsense.parse_arguments().keep == ""
 
 
+def test_rows_of_common_sense_are_taught_once(comfy, tmp_path, monkeypatch, capsys):
+    from dual_process.benchmarks import commonsense
+    from dual_process.benchmarks.bundled import Laboratory
+
+    rows = json.loads((BENCHMARKS / "commonsense_scenes.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([rows[0], {**rows[6], "property": None}]))
+    results, learn, taught = tmp_path / "results.json", Laboratory.learn, []
+    monkeypatch.setattr(Laboratory, "learn", lambda *given, **how: taught.append(how) or learn(*given, **how))
+    monkeypatch.setattr(commonsense, "HELD_OUT", 2)
+    given = ["--json", results, "--rows", tmp_path / "rows.json", "--steps", 1, "--batch", 2]
+    given += ["--second-judge", BENCHMARKS.parent / "tiny" / "judge_of_guides"]
+    monkeypatch.setattr(sys, "argv", ["commonsense", *map(str, given)])
+    commonsense.main()
+    first = json.loads(results.read_text())
+    assert [(row["prompt"], list(row["as wanted"]["LoRA"])) for row in first] == [
+        (rows[0]["prompt"], ["judge", "second judge", "oracle"]),
+        (rows[6]["prompt"], ["judge", "second judge"]),
+    ]
+    assert [how["prompts"] for how in taught] == [[rows[0]["prompt"]], [rows[6]["prompt"]]]
+    table = capsys.readouterr().out[-600:].partition("| share")[2]
+    commonsense.main()
+    assert len(taught) == 2 and json.loads(results.read_text()) == first
+    assert capsys.readouterr().out.endswith(table) and "| LoRA |" in table
+
+
 def test_the_scene_that_a_guide_is_made_for_has_what_the_guide_asks():
     from dual_process.benchmarks.guided import GUIDES, followed, wanted_scene
     from dual_process.tiny.oracles import measure
