@@ -93,7 +93,7 @@ class FrontEnd:
 
     def run(self, seconds: float = 300) -> None:
         """Press Run and wait until the queue is empty. Raises TimeoutException when it takes longer."""
-        self.script("await app.queuePrompt(0);")
+        self.script("await app.queuePrompt(0); window.asked = window.idle = false;")
         self.wait_for(
             "if (!window.asked) { window.asked = true; fetch('/api/queue').then(r => r.json()).then(q => {"
             " window.idle = !q.queue_running.length && !q.queue_pending.length; window.asked = false; }); }"

@@ -25,10 +25,11 @@ from ..trainers.memory_plan import plan_memory, try_step
 from ..trainers.noise_levels import noise_levels
 from ..trainers.objective import Objective
 from ..trainers.prompt_texts import prompt_texts
-from ..trainers.report import Report
+from ..trainers.report import Report, smoothed
 from ..trainers.self_check import check_gradients
 from ..trainers.sheet import contact_sheet
 from ..vlm.answers import never_answered
+from ..vlm.question import Question
 from .loaders import BUNDLED_GUIDE_READER, BUNDLED_JUDGE
 from .lora import loras_folder, read_lora, written_at
 from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, check_choices, left_out, trainer_inputs
@@ -37,6 +38,7 @@ from .types import CATEGORY, LoRAType, LossType, ReportType
 log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 0.5
+CURVE_POINTS = 200
 CHECKED_PICTURES = 4  # held-out pictures at least
 UNFINISHED = "dual_process/unfinished"
 UNSAVED = "The LoRA is not saved: connect Save LoRA to keep it."
@@ -83,7 +85,7 @@ class Trainer(io.ComfyNode):
             one.judge.check(questions)
         student = student_from(inputs)
         settings = settings_from(inputs, student.prompts)
-        show = Progress(cls.hidden.unique_id, settings.steps)
+        show = Progress(cls.hidden.unique_id, settings.steps, questions)
         show.warn(student.size_warning())
         show.warn(bundled_judge_warning(judge.judge.name, student))
         plan = None
@@ -123,11 +125,12 @@ class Trainer(io.ComfyNode):
             raise
         lora = learned(run)
         saved = is_saved(cls.hidden.dynprompt.get_original_prompt(), cls.hidden.unique_id)
-        show.end(run, "" if saved else UNSAVED)
+        told = show.end(run, "" if saved else UNSAVED)
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
-        return io.NodeOutput(lora, history, before, after, Report(run, lora.metadata), ui=pairs)
+        shown = {**pairs.as_dict(), "text": (told,), "curves": (show.curves(run),) if run.loss else ()}
+        return io.NodeOutput(lora, history, before, after, Report(run, lora.metadata), ui=shown)
 
     @classmethod
     def fingerprint_inputs(cls, continue_from, **_):
@@ -212,13 +215,13 @@ def student_from(inputs: SimpleNamespace) -> ComfyStudent:
 class Progress:
     """Shows a run on the trainer's node: progress bar, live pictures (above the last look's, which are always of the
     same seeds, below what is trained on), one line of text and a ``dual_process.progress`` event ``{node, step, steps,
-    loss, scores}`` for the front end.
+    loss, scores, curves}`` for the front end.
 
     All of it is handed to ComfyUI's server, which shrinks and encodes pictures on its own thread.
     """
 
-    def __init__(self, node_id: str, steps: int):
-        self.node_id, self.steps = node_id, steps
+    def __init__(self, node_id: str, steps: int, questions: list[Question]):
+        self.node_id, self.steps, self.questions = node_id, steps, questions
         self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
         self.shown = 0.0
         self.warned = ""
@@ -234,12 +237,20 @@ class Progress:
         self.bar.update_absolute(step, self.steps, preview)
         server, scores = PromptServer.instance, run.scores[-1]
         event = {"node": self.node_id, "step": step, "steps": self.steps, "loss": run.loss[-1], "scores": scores}
-        server.send_sync("dual_process.progress", event, server.client_id)
+        server.send_sync("dual_process.progress", {**event, "curves": self.curves(run)}, server.client_id)
         second = f", second judge {percent(look.second)}" if look.second else ""
         held_out = f"held-out seeds after step {look.step}: {percent(look.scores)}{second}"
         server.send_progress_text(
             f"step {step}/{self.steps}: wanted answer {percent(scores)}; {held_out}", self.node_id
         )
+
+    def curves(self, run: Run) -> dict:
+        """All that the node's panel draws, so that it may be opened at any time: each question's answers so far."""
+        taken = len(run.scores)
+        steps = [*range(1, taken, taken // CURVE_POINTS + 1), taken]
+        scores = [[answers[n] for answers in run.scores] for n in range(len(self.questions))]
+        drawn = [{"text": q.text.strip(), "points": smoothed(s, steps)} for q, s in zip(self.questions, scores)]
+        return {"steps": self.steps, "questions": drawn}
 
     def say(self, text: str) -> None:
         """Show a line on the node until the next one, and log it."""
@@ -274,9 +285,9 @@ class Progress:
             f"choose it in continue_from. {self.warned}"
         )
 
-    def end(self, run: Run, reminder: str) -> None:
-        """Leave one line on the node: what it brought on held-out seeds, how many steps it took, why it ended, how the
-        pictures changed by it, and what to be reminded of."""
+    def end(self, run: Run, reminder: str) -> str:
+        """Leave one line on the node, and return it: what it brought on held-out seeds, how many steps it took, why it
+        ended, how the pictures changed by it, and what to be reminded of."""
         first, kept = run.checks[0], run.checks[-1]
         brought = f"Held-out seeds: {percent(first.scores)} before, {percent(kept.scores)} after step {kept.step}. "
         if kept is first:
@@ -286,3 +297,4 @@ class Progress:
         sentences = filter(None, [run.proved(), ended, became(kept.changes, first.changes)])
         text = brought + " ".join(filter(None, [*(f"{sentence}." for sentence in sentences), self.warned, reminder]))
         PromptServer.instance.send_progress_text(text, self.node_id)
+        return text

@@ -23,6 +23,17 @@ BOXES = """
 """
 
 
+PANEL_HEIGHTS = """
+    const nodes = app.graph.nodes.filter(({ dualProcessPanel }) => dualProcessPanel?.isConnected);
+    return nodes.map(({ type, dualProcessPanel }) => [type, dualProcessPanel.offsetHeight]);
+"""
+PANELS = (
+    "const {{ graph }} = window.comfyAPI.app.app;"
+    "const nodes = [...graph.nodes, ...graph.nodes.flatMap(({{ subgraph }}) => subgraph?.nodes ?? [])];"
+    "return nodes.find(({{ type }}) => type === '{type}')?.dualProcessPanel.textContent;"
+)
+
+
 @pytest.fixture
 def client(server):
     """A client of a server whose front end greets nobody and draws nodes the classic way."""
@@ -82,11 +93,41 @@ def test_nodes_2_have_room_and_let_go_of_the_live_picture(server, client):
             assert len(boxes) == len(template(name)["nodes"])
             for one, other in combinations(boxes, 2):
                 assert not _overlap(one[1:], other[1:]), f"{name}: nodes {one[0]} and {other[0]}"
-        page.open_template("dual_process", "Teach the horizon")
+        page.open_template("dual_process", "Teach the horizon with a guide")
         page.set_widgets("DualProcessTrainer", {"steps": 4, "check_every": 2, "seed": 62})
         page.script("app.queuePrompt(0);")
         page.wait_for(LIVE_PICTURES, 120)
         page.wait_for(LIVE_PICTURES.replace("return", "return !"), 120)
+        page.wait_for(PANELS.format(type="DualProcessSeenByJudge"), 120)
+        heights = dict(page.script(PANEL_HEIGHTS))
+        assert heights.keys() == {"DualProcessTrainer", "DualProcessSaveLoRA", "DualProcessSeenByJudge"}
+        assert all(40 <= height <= 130 for height in heights.values()), f"long texts scroll: {heights}"
+
+
+def test_results_are_shown_again_after_another_tab(server, client):
+    with FrontEnd(server.url) as page:
+        page.open_template("dual_process", "Teach the horizon with a guide")
+        page.set_widgets("DualProcessTrainer", {"steps": 3, "check_every": 0, "seed": 63})
+        page.script("app.queuePrompt(0);")
+        page.wait_for(PANELS.format(type="DualProcessTrainer"), 120)
+        page.script("await app.extensionManager.command.execute('Comfy.NewBlankWorkflow');")
+        page.run()
+        page.script("await app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow');")
+        curves = page.wait_for(PANELS.format(type="DualProcessTrainer"))
+        seen = page.wait_for(PANELS.format(type="DualProcessSeenByJudge"))
+    assert curves.count(" % ") == 2 and "Is the overlaid red line" in curves
+    assert "Is the overlaid red line" in seen
+
+
+def test_a_trainer_in_a_subgraph_shows_what_came_of_it(server, client):
+    with FrontEnd(server.url) as page:
+        page.open_template("dual_process", "Teach the horizon")
+        page.set_widgets("DualProcessTrainer", {"steps": 2, "check_every": 0, "seed": 64})
+        page.script("app.canvas.selectItems(app.graph.nodes.filter(n => n.type === 'DualProcessTrainer'));")
+        page.script("await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');")
+        page.run()
+        shown = page.script(PANELS.format(type="DualProcessTrainer"))
+    assert "Held-out seeds" in shown and shown.count(" % ") == 2
 
 
 def _overlap(one, other):

@@ -159,6 +159,60 @@ def test_nothing_is_left_behind_by_cancel_or_error(lab, name, where):
     assert not getattr(mm, "in_training", False)
 
 
+def test_other_injections_go_on_working(lab):
+    """As those of Load LoRA (Bypass), which replace forwards too and put back what they found."""
+    from comfy.patcher_extension import PatcherInjection
+
+    class Doubled:
+        """A layer's forward, replaced as ComfyUI's BypassForwardHook does it."""
+
+        def __init__(self, layer):
+            self.layer, self.forward = layer, None
+
+        def inject(self, _):
+            if self.forward is None:
+                self.forward, self.layer.forward = self.layer.forward, lambda x: 2 * self.forward(x)
+
+        def eject(self, _):
+            if self.forward is not None:
+                self.layer.forward, self.forward = self.forward, None
+
+    model = lab.build_model("SD3")
+    doubled = Doubled(model.model.diffusion_model.joint_blocks[0].x_block.attn.qkv)
+    bypassed = model.clone()
+    bypassed.set_injections("bypass", [PatcherInjection(inject=doubled.inject, eject=doubled.eject)])
+    pictures = [lab.sample(one, "SD3") for one in (model, bypassed)]
+    assert not torch.equal(*pictures)
+    for _ in range(2):
+        student = lab.build_student("SD3", bypassed)
+        drawn = student.run(lambda: (student.use_prompt(0), student.roll(student.noise(5), student.steps))[1], [])
+        assert torch.allclose(student.model.model.process_latent_out(drawn), pictures[1], atol=1e-5)
+        for one, was in zip((model, bypassed), pictures):
+            assert torch.equal(lab.sample(one, "SD3"), was)
+
+
+def test_what_a_patch_draws_at_random_is_the_same_for_the_same_prediction(lab):
+    """As HyperTile's and ToMe's: the anchor compares predictions with and without the LoRA."""
+    model = lab.build_model("SD3")
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] + torch.randn_like(args["denoised"]))
+    student = lab.build_student("SD3", model)
+
+    def predictions():
+        student.use_prompt(0)
+        x = student.roll(student.noise(5), 0)
+        with torch.no_grad():
+            return student.predict(x, 0), student.predict(x, 0)
+
+    assert torch.equal(*student.run(predictions, []))
+
+
+def test_copies_of_the_model_on_further_gpus_take_no_part(lab):
+    model = lab.build_model("SD3")
+    model.set_additional_models("multigpu", [model.clone()])
+    assert lab.build_student("SD3", model).model.get_additional_models_with_key("multigpu") == []
+    assert len(model.get_additional_models_with_key("multigpu")) == 1
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_comfyui_knows_of_the_training_as_long_as_it_lasts(lab, monkeypatch, before):
     """Newer ComfyUIs choose differentiable rotary embeddings and norms by it."""

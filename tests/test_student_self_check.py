@@ -200,6 +200,43 @@ def test_blocks_that_overwrite_what_autograd_saved(lab, monkeypatch):
         check(lab.build_student("FLUX dev", checkpointed=False))
 
 
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_patch_that_overwrites_what_autograd_saved(lab, checkpointed):
+    """As NAGuidance does with the output of attention; in a recomputed block torch would not notice."""
+
+    def guided(out, _):
+        stronger = out * out.norm(dim=-1, keepdim=True)
+        out[...] = 0.9 * out + 0.1 * stronger
+        return out
+
+    model = lab.build_model("SD1.5")
+    model.set_model_attn1_output_patch(guided)
+    with pytest.raises(
+        RuntimeError, match=r"Backward through the model fails \(one of the variables.*inplace.*patches off"
+    ):
+        check(lab.build_student("SD1.5", model, checkpointed=checkpointed))
+
+
+@pytest.mark.parametrize("momentum", [0.0, -0.75])
+def test_guidance_that_remembers(lab, momentum):
+    from comfy_extras.nodes_apg import APG
+
+    model = APG.execute(lab.build_model("FLUX dev"), 0.5, 5.0, momentum).result[0]
+    student = lab.build_student("FLUX dev", model)
+    if not momentum:
+        check(student)
+        return
+    with pytest.raises(RuntimeError, match="asked twice, it answers differently.*APG with momentum"):
+        check(student)
+
+
+def test_a_model_whose_pictures_are_not_finite(lab):
+    model = lab.build_model("SD3")
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] / 0)
+    with pytest.raises(RuntimeError, match="The model's own pictures are not finite numbers"):
+        check(lab.build_student("SD3", model))
+
+
 def test_cached_blocks(lab):
     """What TeaCache and its relatives do: the second call is answered from the first."""
     from comfy.patcher_extension import WrappersMP

@@ -112,7 +112,7 @@ def test_last_line_on_the_node_also_when_nothing_was_better_than_before(trainer,
     before, kept = (Check(n, [0.5 + n / 80], torch.zeros(2, 3, 4, 4), same if n else {}) for n in (0, 20))
     checks = [before, kept] if changes else [before, kept, before]
     run = Run(loss=[1.0] * 20, checks=checks, stopped="all steps done")
-    trainer.Progress("7", 20).end(run, "")
+    trainer.Progress("7", 20, []).end(run, "")
     assert texts == [f"{said[0]} 20 steps: all steps done{said[1]}."]
 
 

@@ -104,10 +104,12 @@ def load_whole(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
         mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
     for patcher in patchers:
         if getattr(patcher.model, "model_lowvram", False):
+            if mm.vram_state == mm.VRAMState.NO_VRAM:
+                raise DoesNotFit("--novram leaves all weights in main memory. Start ComfyUI without it to train.")
             raise DoesNotFit(
                 f"{type(patcher.model).__name__} ({patcher.model_size() / 1e9:.1f} GB) does not fit on "
                 f"{patcher.load_device} beside the other models. Use a smaller or quantised model or judge, "
-                "or start ComfyUI without --lowvram / --novram."
+                "or start ComfyUI without --lowvram."
             )
 
 

@@ -124,6 +124,7 @@ class ComfyStudent:
                 "LoRA on the model with Load LoRA instead."
             )
         self.model = static_clone(model)
+        self.model.remove_additional_models("multigpu")  # copies on further GPUs, which compute without gradients
         self.vae, self.decoder = vae, static_clone(vae.patcher)
         self.decoder.model.to(vae.vae_dtype)  # ComfyUI reads a clone anew in the file's format
         self.latent_mask, self.noise_indices = latent.get("noise_mask"), latent.get("batch_index")
@@ -217,10 +218,11 @@ class ComfyStudent:
             return model.model, self._conds_of_a_draw(0), extra
 
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, load)
-        injection = PatcherInjection(
-            inject=lambda p: self.lora.inject(p.model.diffusion_model), eject=lambda p: self.lora.eject()
-        )
-        patched.set_injections(KEY, [injection])
+        # ComfyUI injects and ejects in one order. Others replace forwards too, so ours goes in last and out first.
+        others = patched.injections
+        put_in = PatcherInjection(inject=lambda p: self.lora.inject(p.model.diffusion_model), eject=lambda p: None)
+        take_out = PatcherInjection(inject=lambda p: None, eject=lambda p: self.lora.eject())
+        patched.injections = {f"{KEY} out": [take_out], **others, KEY: [put_in]}
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_cfg(self.cfg)
         with ExitStack() as stack:
@@ -228,7 +230,7 @@ class ComfyStudent:
             stack.enter_context(gradients())
             stack.enter_context(multiplied_in_full(patched.model))
             stack.enter_context(held_beside(patched))
-            stack.callback(patched.remove_injections, KEY)
+            stack.callback(setattr, patched, "injections", others)
             stack.callback(patched.eject_model)
             stack.callback(patched.remove_wrappers_with_key, WrappersMP.PREPARE_SAMPLING, KEY)
             self.lora.to(patched.load_device)
@@ -319,12 +321,16 @@ class ComfyStudent:
     def predict(self, x: Tensor, k: int) -> Tensor:
         """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate).
 
+        What patches draw at random (HyperTile, ToMe), they draw again where the same is predicted twice, as for the
+        anchor.
+
         Raises:
             RuntimeError: a patch on the MODEL holds tensors that autograd refuses.
         """
         self.turns.need(self.model)
         try:
-            return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                return self._denoiser(x, self._sigmas[k].expand(x.shape[0]), **self._extra_args)
         except RuntimeError as error:
             if "Inference tensors cannot be saved" not in str(error):
                 raise

@@ -6,9 +6,10 @@ import base64
 import io
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from statistics import fmean
 
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -33,6 +34,11 @@ MEASURES = {
     "clipped": "black or white parts",
 }
 Point = tuple[float, float]
+
+
+def smoothed(scores: Sequence[float], steps: Iterable[int]) -> list[Point]:
+    """Some of the steps, counted from 1, each with the mean of the last ``SMOOTHED_STEPS`` scores up to it."""
+    return [(step, fmean(scores[max(0, step - SMOOTHED_STEPS) : step])) for step in steps]
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,9 @@ class Report:
     def curve(self, question: int) -> Curve:
         """The scores of a question, by its number from 0."""
         scores = [step[question] for step in self.scores]
-        recent = [scores[max(0, n + 1 - SMOOTHED_STEPS) : n + 1] for n in range(len(scores))]
         return Curve(
             list(enumerate(scores, 1)),
-            [(step, sum(few) / len(few)) for step, few in enumerate(recent, 1)],
+            smoothed(scores, range(1, len(scores) + 1)),
             [(check.step, check.scores[question]) for check in self.checks],
             [(check.step, check.second[question]) for check in self.checks if check.second],
         )

@@ -18,6 +18,8 @@ from torch.nn.functional import interpolate
 
 from ..vlm.judge import eased
 from ..vlm.memory import out_of_memory
+from .checkpointing import GENERATOR, Block
+from .lora import repeated_blocks
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +34,19 @@ UPDATE = 0.1  # standard deviation of an update that layers have while gradients
 VISIBLE = 1e-3  # relative change of a prediction that cannot be rounding, unless the model's noise is larger
 
 STOCK_LOADERS = "Load the model with Load Diffusion Model or Load Checkpoint"
+BACKWARD_FAILS = (
+    "Backward through the model fails ({}). A patch or a loader is in the way: take the patches off the model, or: "
+    f"{STOCK_LOADERS}."
+)
 NO_KERNELS = "start ComfyUI with --use-pytorch-cross-attention, and take sage attention patches off the model"
 
 
 def check_gradients(student) -> None:
     """Compare the student's gradients with finite differences, at its first sampling step.
 
-    Costs three forwards with backward, ten or eleven without (more where the first step length does not fit, or half
-    precision cannot hold the gradients), one decode with backward, and the draw of one and a half pictures. The LoRA is
-    left as it was; the student's ``gradient_scale`` falls to what its gradients need to be finite.
+    Costs three forwards with backward, twelve or thirteen without (more where the first step length does not fit, or
+    half precision cannot hold the gradients), one decode with backward, and the draw of one and a half pictures. The
+    LoRA is left as it was; the student's ``gradient_scale`` falls to what its gradients need to be finite.
 
     Args:
         student: a student that is being run (inside its ``run``).
@@ -59,7 +65,7 @@ def check_gradients(student) -> None:
             _check_first_step(student)  # some models may not bear the update; what is at fault fails without it too
         except RuntimeError as same:
             raise same if out_of_memory(same) else fault
-    for k in sorted({student.steps // 2, student.steps - 1} - {0}):
+    for k in sorted({student.steps // 2, student.steps - 1}):
         _check_later_step(student, k)
 
 
@@ -95,6 +101,8 @@ def _check_first_step(student) -> None:
             f"engines and some quantised loaders do). {STOCK_LOADERS}."
         )
     prediction = prediction.detach()
+    if not prediction.isfinite().all():
+        raise RuntimeError("The model's own pictures are not finite numbers. Load it in bf16 or fp32.")
     _check_decoder(student, prediction)
     weights = _smooth_weights(prediction)
 
@@ -112,16 +120,53 @@ def _check_later_step(student, k: int) -> None:
     """Patches that answer one step from another are quiet at the first, and keep what they saw from draw to draw."""
     try:
         x = student.roll(student.noise(SEED), k)
-        value = student.predict(x, k).square().mean() * student.gradient_scale
-        torch.autograd.grad(value, list(student.lora.parameters()), allow_unused=True)
+        if k == student.steps - 1:
+            _ask_twice(student, x, k)
+        _backward_with_some_kept(student, x, k)
     except (RuntimeError, TypeError) as error:
         if out_of_memory(error):
             raise
+        said = str(error).splitlines()[0]
+        if "inplace operation" in said:
+            raise RuntimeError(BACKWARD_FAILS.format(said)) from error
         raise RuntimeError(
-            f"The model cannot be learned from at sampler step {k + 1} ({str(error).splitlines()[0]}), though it can "
-            "at the first: a patch reuses one step's result for another. Take EasyCache, TeaCache and the like off the "
+            f"The model cannot be learned from at sampler step {k + 1} ({said}), though it can at the first: a patch "
+            "reuses one step's result for another. Take EasyCache, TeaCache, APG with momentum and the like off the "
             "model."
         ) from error
+
+
+def _backward_with_some_kept(student, x: Tensor, k: int) -> None:
+    """Backward, while one block of each kind keeps its activations, if there is memory for it.
+
+    A patch may overwrite what autograd has saved, as NAGuidance does. Torch notices that, but not in blocks that are
+    recomputed: gradients are silently wrong there, some by too little for ``compare_with_differences``.
+    """
+
+    def backward() -> None:
+        value = student.predict(x, k).square().mean() * student.gradient_scale
+        torch.autograd.grad(value, list(student.lora.parameters()), allow_unused=True)
+
+    recompute, before = student.recompute, student.recompute.kept
+    blocks = enumerate(repeated_blocks(student.model.model.diffusion_model))
+    kinds = {frozenset(map(type, block.modules())): Block(GENERATOR, number) for number, (_, block) in blocks}
+    try:
+        recompute.kept = frozenset(kinds.values())
+        return backward()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    finally:
+        recompute.kept = before
+    backward()
+
+
+@torch.no_grad()
+def _ask_twice(student, x: Tensor, k: int) -> None:
+    """The anchor compares two predictions of the same, which have to differ by the LoRA alone."""
+    once, again = student.predict(x, k), student.predict(x, k)
+    if (again - once).norm() > VISIBLE * once.norm():
+        raise RuntimeError("asked twice, it answers differently")
 
 
 def _check_decoder(student, latent: Tensor) -> None:
@@ -163,10 +208,7 @@ def _lora_gradients(student, predict: Callable[[], Tensor], weights: Tensor) -> 
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        raise RuntimeError(
-            f"Backward through the model fails ({str(error).splitlines()[0]}). A patch or a loader is in the way: take "
-            f"the patches off the model, or: {STOCK_LOADERS}."
-        ) from error
+        raise RuntimeError(BACKWARD_FAILS.format(str(error).splitlines()[0])) from error
     if found is None:
         raise RuntimeError("The model's gradients are not finite. Load the model in bf16 or fp32 instead of fp16.")
     return list(zip(found[::2], found[1::2]))

@@ -53,10 +53,11 @@ def rank(
 
 
 def score_table(order: Tensor, scores: Tensor, means: Tensor, questions: Sequence[Question]) -> str:
-    """One line per picture, best first: its place in the batch, its mean, and its score per question."""
-    lines = [f"{n}. {question.text.strip()} -> {question.answer}" for n, question in enumerate(questions, 1)]
-    lines.append("picture  mean   " + "  ".join(f"q{n:<4}" for n in range(1, len(questions) + 1)))
+    """One line per picture, best first: its place in the batch, its mean, and its score per question; below them the
+    questions."""
+    lines = ["picture  mean   " + "  ".join(f"q{n:<4}" for n in range(1, len(questions) + 1))]
     for i in order.tolist():
         cells = "  ".join(f"{score:.3f}" for score in scores[i].tolist())
         lines.append(f"{i:>7}  {means[i]:.3f}  {cells}")
+    lines += [f"q{n}: {question.text.strip()} -> {question.answer}" for n, question in enumerate(questions, 1)]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-// Shows on the pack's nodes what ComfyUI does not show by itself: the training curve, and text results.
+// Shows on the pack's nodes what ComfyUI does not show by itself: the curves of a training, and text results.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -11,13 +11,15 @@ const WITH_TEXT = [
   "DualProcessReport",
 ];
 const COLOURS = ["#7bd88f", "#5ad4e6", "#fce566", "#fc618d", "#948ae3", "#fd9353"];
-const CURVE_HEIGHT = 120;
-const SMOOTHED_STEPS = 8; // a step sees only a few pictures, its own score jumps
+const CURVES_HEIGHT = 120;
 const TEXT_HEIGHT = 60;
 
 function addPanel(node, name, height) {
   const element = document.createElement("div");
   element.style.cssText = "font: 11px monospace; color: var(--input-text, #ddd); overflow: auto; white-space: pre-wrap";
+  // Without these, Nodes 2.0 make the node as tall as a long text.
+  element.style.contain = "size";
+  element.style.minHeight = `${height}px`;
   const widget = node.addDOMWidget(name, name, element, {
     serialize: false,
     hideOnZoom: false,
@@ -37,44 +39,50 @@ function curve(points, steps, colour) {
   return line;
 }
 
-function smoothed(history, question) {
-  return history.map(({ step }, index) => {
-    const recent = history.slice(Math.max(0, index + 1 - SMOOTHED_STEPS), index + 1);
-    return [step, recent.reduce((sum, { scores }) => sum + scores[question], 0) / recent.length];
-  });
+function legendOf(question, score, colour) {
+  const line = document.createElement("div");
+  line.title = question;
+  line.style.cssText = "overflow: hidden; text-overflow: ellipsis; white-space: nowrap";
+  const mark = document.createElement("span");
+  mark.style.color = colour;
+  mark.textContent = "■ ";
+  line.append(mark, `${Math.round(100 * score)} % ${question}`);
+  return line;
 }
 
-function drawCurves(element, history, steps) {
+function drawCurves(panel, { steps, questions }) {
   const picture = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   picture.setAttribute("viewBox", "0 0 100 40");
   picture.setAttribute("preserveAspectRatio", "none");
-  picture.style.cssText = "width: 100%; height: 70px; background: #0004";
-  const legend = document.createElement("div");
-  history[0].scores.forEach((_, question) => {
-    const colour = COLOURS[question % COLOURS.length];
-    const points = smoothed(history, question);
+  picture.style.cssText = "display: block; width: 100%; height: 70px; background: #222";
+  panel.replaceChildren(picture);
+  questions.forEach(({ text, points }, number) => {
+    const colour = COLOURS[number % COLOURS.length];
     picture.append(curve(points, steps, colour));
-    const label = document.createElement("span");
-    label.style.color = colour;
-    label.textContent = `question ${question + 1}: ${Math.round(100 * points.at(-1)[1])} %   `;
-    legend.append(label);
+    panel.append(legendOf(text, points.at(-1)[1], colour));
   });
-  element.replaceChildren(picture, legend);
 }
 
-function afterExecution(node, action) {
-  const original = node.onExecuted;
-  node.onExecuted = function (output) {
-    original?.apply(this, arguments);
-    action(output);
-  };
+function locator(node) {
+  return node.graph?.isRootGraph === false ? `${node.graph.id}:${node.id}` : `${node.id}`;
+}
+
+function showResult(node, output) {
+  const text = (output?.text ?? []).join("\n");
+  const panel = node.dualProcessPanel;
+  if (node.comfyClass !== TRAINER) {
+    panel.textContent = text;
+    return;
+  }
+  output?.curves?.forEach((curves) => drawCurves(panel, curves));
+  // ComfyUI shows the trainer's last line itself, but not in every subgraph.
+  if (node.graph?.isRootGraph === false) panel.append(text);
 }
 
 // The last live picture would hide the pictures before and after. Nodes 2.0 notice only what their own store forgets.
 function forgetLivePicture(node) {
-  const locator = node.graph?.isRootGraph === false ? `${node.graph.id}:${node.id}` : `${node.id}`;
   const store = app.extensionManager?._p?._s.get("nodeOutput");
-  for (const shown of [store?.nodePreviewImages, app.nodePreviewImages]) delete shown?.[locator];
+  for (const shown of [store?.nodePreviewImages, app.nodePreviewImages]) delete shown?.[locator(node)];
 }
 
 // The id of a node inside subgraphs is the path to it: "12:7".
@@ -90,10 +98,15 @@ function findNode(path) {
 
 function onProgress({ detail }) {
   const node = findNode(detail.node);
-  if (!node) return;
-  if (detail.step === 1 || !node.dualProcessHistory) node.dualProcessHistory = [];
-  node.dualProcessHistory.push({ step: detail.step, scores: detail.scores });
-  drawCurves(node.dualProcessCurve, node.dualProcessHistory, detail.steps);
+  if (node?.comfyClass === TRAINER) drawCurves(node.dualProcessPanel, detail.curves);
+}
+
+function showAllResults(graph, outputs) {
+  for (const node of graph?.nodes ?? []) {
+    const output = outputs?.[locator(node)];
+    if (node.dualProcessPanel && output) showResult(node, output);
+    showAllResults(node.subgraph, outputs);
+  }
 }
 
 app.registerExtension({
@@ -101,13 +114,19 @@ app.registerExtension({
   setup() {
     api.addEventListener("dual_process.progress", onProgress);
   },
+  // After another tab and back, or a workflow opened from the queue: the nodes are new ones that have not run.
+  onNodeOutputsUpdated(outputs) {
+    showAllResults(app.rootGraph ?? app.graph, outputs);
+  },
   nodeCreated(node) {
-    if (node.comfyClass === TRAINER) {
-      node.dualProcessCurve = addPanel(node, "answers", CURVE_HEIGHT);
-      afterExecution(node, () => forgetLivePicture(node));
-    }
-    if (!WITH_TEXT.includes(node.comfyClass)) return;
-    const panel = addPanel(node, "result", TEXT_HEIGHT);
-    afterExecution(node, (output) => (panel.textContent = (output?.text ?? []).join("\n")));
+    if (node.comfyClass === TRAINER) node.dualProcessPanel = addPanel(node, "answers", CURVES_HEIGHT);
+    else if (WITH_TEXT.includes(node.comfyClass)) node.dualProcessPanel = addPanel(node, "result", TEXT_HEIGHT);
+    else return;
+    const original = node.onExecuted;
+    node.onExecuted = function (output) {
+      original?.apply(this, arguments);
+      if (node.comfyClass === TRAINER) forgetLivePicture(node);
+      showResult(node, output);
+    };
   },
 });
