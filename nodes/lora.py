@@ -5,8 +5,10 @@ from pathlib import Path
 
 import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy_api.latest import io
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..trainers.diffusers_lora import to_diffusers
 from ..trainers.lora_beside import add_beside, split
@@ -24,6 +26,11 @@ COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 def loras_folder() -> Path:
     """The folder that new LoRAs are written into."""
     return Path(folder_paths.get_folder_paths("loras")[0]).resolve()
+
+
+def write_lora(lora: dict[str, Tensor], path: Path) -> None:
+    """Save ``lora``, without where it came from if ComfyUI runs with ``--disable-metadata``."""
+    save_lora(dict(lora) if args.disable_metadata else lora, path)
 
 
 def saved_loras() -> list[str]:
@@ -161,9 +168,9 @@ class SaveLoRA(io.ComfyNode):
         try:
             written = to_diffusers(lora) if format == DIFFUSERS else lora
         except ValueError as error:
-            save_lora(lora, path)  # hours of training may be in it, and a file in the other format is worth them
+            write_lora(lora, path)  # hours of training may be in it, and a file in the other format is worth them
             raise ValueError(f"{error} So that nothing is lost, it was saved in that format as {name}.") from error
-        save_lora(written, path)
+        write_lora(written, path)
         ups = [tensor for key, tensor in lora.items() if key.endswith(".lora_B.weight")]
         blank = bool(ups) and not any(map(torch.any, ups))
         said = ". It changes nothing: nothing was learned" if blank else ""

@@ -19,7 +19,7 @@ from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
 from ..trainers.guards import became
 from ..trainers.looks import CHECK_SEEDS, Looks, percent
-from ..trainers.lora_file import TrainedLoRA, new_lora_path, save_lora
+from ..trainers.lora_file import TrainedLoRA, new_lora_path
 from ..trainers.lora_metadata import metadata
 from ..trainers.memory_plan import plan_memory, try_step
 from ..trainers.noise_levels import noise_levels
@@ -31,7 +31,7 @@ from ..trainers.sheet import contact_sheet
 from ..vlm.answers import never_answered
 from ..vlm.question import Question
 from .loaders import BUNDLED_GUIDE_READER, BUNDLED_JUDGE
-from .lora import loras_folder, read_lora, written_at
+from .lora import loras_folder, read_lora, write_lora, written_at
 from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, check_choices, left_out, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
@@ -274,7 +274,7 @@ class Progress:
             run.stopped = f"stopped early, after {len(run.loss)} steps"
         path = new_lora_path(loras_folder(), UNFINISHED)
         try:
-            save_lora(learned(run), path)
+            write_lora(learned(run), path)
         except Exception:  # the user has to see why the run ended
             log.exception("The LoRA of the run that stopped early could not be saved")
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dual_process.tests.gradients import give_lora_a_value
 from dual_process.trainers.lora_file import save_lora
@@ -85,6 +86,20 @@ def test_a_lora_that_changes_nothing_is_saved_with_a_word(lab, loras):
     for lora, words in ((blank, "changes nothing"), (learned(lab, "SD3"), "")):
         (said,) = SaveLoRA.execute(lora, "sub/word").ui["text"]
         assert said.startswith("Saved as sub/word_") and (words in said if words else said.endswith(".safetensors"))
+
+
+def test_without_metadata_as_the_users_start_of_comfyui_says(lab, loras, monkeypatch):
+    from comfy.cli_args import args
+
+    from dual_process.nodes.lora import SaveLoRA
+    from dual_process.trainers.lora_file import TrainedLoRA
+
+    lora = TrainedLoRA(learned(lab, "SD3"), {"dual_process": "{}"})
+    for bare in (False, True):
+        monkeypatch.setattr(args, "disable_metadata", bare)
+        name = SaveLoRA.execute(lora, "sub/bare").result[0]
+        with safe_open(loras / name, "pt") as file:
+            assert ("dual_process" in file.metadata()) is not bare and len(file.keys()) == len(lora)
 
 
 def test_no_file_and_a_name_from_another_node_do_not_make_a_node_run_again(loras):

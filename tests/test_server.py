@@ -192,6 +192,13 @@ def test_template_trains_shows_progress_and_saves(client, server, teach):
     steps = [event["data"] for event in events if event["type"] == "dual_process.progress"]
     assert [(step["step"], step["steps"]) for step in steps] == [(1, 3), (2, 3), (3, 3)]
     assert all(0 <= score <= 1 for step in steps for score in step["scores"])
+    (curves,) = outputs[trainer]["curves"]
+    assert curves == steps[-1]["curves"] and curves["steps"] == 3, "who opens the page later sees the same"
+    for number, (asked, points) in enumerate((one["text"], one["points"]) for one in curves["questions"]):
+        assert asked.startswith(("Is the horizon", "Is this a clean picture")[number])
+        assert [point[0] for point in points] == [1, 2, 3]
+        assert points[-1][1] == pytest.approx(sum(step["scores"][number] for step in steps) / 3)
+    assert "Held-out seeds" in outputs[trainer]["text"][0]
     assert any(event["type"] == "progress" and event["data"]["node"] == trainer for event in events)
     frames = [event["data"] for event in events if event["type"] == "binary"]
     sizes = {Image.open(io.BytesIO(one[one.index(JPEG) :])).size for one in frames if JPEG in one}

@@ -257,3 +257,14 @@ def test_a_lora_beside_fp8_acts_on_a_compiled_model_too(lab):
     assert (lab.sample(bare, "SD3") - uncompiled).norm() > 0.01 * uncompiled.norm()
     for both in (applied(bare), compiled(applied(model))):
         assert (lab.sample(both, "SD3") - uncompiled).norm() < 1e-3 * uncompiled.norm()
+
+
+def test_products_in_fp16_are_summed_in_fp32_while_training(lab):
+    """``--fast`` has them summed in fp16, in which scaled gradients overflow."""
+    matmul, student = torch.backends.cuda.matmul, lab.build_student("SD3")
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    try:
+        assert student.run(lambda: matmul.allow_fp16_accumulation, []) is False
+        assert matmul.allow_fp16_accumulation is True
+    finally:
+        matmul.allow_fp16_accumulation = before
