@@ -230,6 +230,16 @@ def test_guidance_that_remembers(lab, momentum):
         check(student)
 
 
+def test_a_mask_that_leaves_nothing_to_the_first_step(lab):
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    model = DifferentialDiffusion.execute(lab.build_model("SD3"), 1.0).result[0]
+    half = torch.full((1, 8, 8), 0.5)
+    with pytest.raises(RuntimeError, match="Differential Diffusion does so"):
+        check(lab.build_student("SD3", model, latent={**lab.build_latent("SD3"), "noise_mask": half}))
+    check(lab.build_student("SD3", latent={**lab.build_latent("SD3"), "noise_mask": half}))
+
+
 def test_a_model_whose_pictures_are_not_finite(lab):
     model = lab.build_model("SD3")
     model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] / 0)

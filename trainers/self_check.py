@@ -111,6 +111,11 @@ def _check_first_step(student) -> None:
         return student.predict(x, 0)
 
     gradients = _lora_gradients(student, predict, weights)
+    if student.latent_mask is not None and not any(g.any() for pair in gradients for g in pair):
+        raise RuntimeError(
+            "At the first sampler step the latent's mask leaves nothing to the model, so nothing can be learned there: "
+            "a soft mask with Differential Diffusion does so. Take that node or the mask off for the training."
+        )
     with torch.no_grad():
         probe = _Probe(list(student.lora.adapters), gradients, predict, weights)
         probe.look_for_cut_layers(student.lora.paths)
