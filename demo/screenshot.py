@@ -15,7 +15,7 @@ from .frontend import FrontEnd
 
 TEMPLATE = "Teach the horizon"
 PICTURE = PACK / "docs" / "front_end.jpg"
-WINDOW, SCALE, CORNER = (2000, 1300), 0.82, (70, 135)  # px, zoom, where the first group starts
+WINDOW, SCALE, CORNER = (2000, 1300), 0.76, (120, 135)  # px, zoom, where the first group starts
 WIDTH = 1600  # px of the saved picture
 LONGEST = 3600  # s
 TIDY = """
