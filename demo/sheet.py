@@ -12,9 +12,10 @@ GAP = 20  # around columns, and between a node and the next one's title bar
 TITLE_BAR, GROUP_TITLE = 30, 50
 SLOT, WIDGET, TEXT_LINE, LETTER = 20, 24, 15, 6.0  # px that ComfyUI's front end gives them
 NODE_2, LINE_2, BADGE_2 = 12, 16, 20  # px that Nodes 2.0 take more: any node, a line of text, a pack's name
-PICTURE, CURVE, TEXT_PANEL = 236, 124, 64  # what is shown on nodes after a run; the panels are web/dual_process.js's
+# px that nodes show after a run in; the panels are web/dual_process.js's
+PICTURE, CURVE, TEXT_PANEL, LAST_LINE = 236, 124, 64, 80
 SHOWN = {
-    "DualProcessTrainer": CURVE + PICTURE + 80,
+    "DualProcessTrainer": CURVE + LAST_LINE + PICTURE,
     "DualProcessSaveLoRA": TEXT_PANEL,
     "DualProcessJudgeScore": TEXT_PANEL + PICTURE,
     "DualProcessSeenByJudge": TEXT_PANEL + PICTURE,

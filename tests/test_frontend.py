@@ -1,6 +1,7 @@
 """The templates in ComfyUI's own front end, in a real browser, drawn the classic way and as Nodes 2.0."""
 
 import io
+import time
 from itertools import combinations
 
 import pytest
@@ -27,7 +28,7 @@ PANEL_HEIGHTS = """
     const nodes = app.graph.nodes.filter(({ dualProcessPanel }) => dualProcessPanel?.isConnected);
     return nodes.map(({ type, dualProcessPanel }) => [type, dualProcessPanel.offsetHeight]);
 """
-PANELS = (
+PANEL_TEXT = (
     "const {{ graph }} = window.comfyAPI.app.app;"
     "const nodes = [...graph.nodes, ...graph.nodes.flatMap(({{ subgraph }}) => subgraph?.nodes ?? [])];"
     "return nodes.find(({{ type }}) => type === '{type}')?.dualProcessPanel.textContent;"
@@ -88,9 +89,7 @@ def test_nodes_2_have_room_and_let_go_of_the_live_picture(server, client):
                 "await app.loadGraphData(args[0], true, true, null, {showMissingModelsDialog: false});", template(name)
             )
             page.script("app.canvas.ds.scale = 0.3; app.canvas.ds.offset = [60, 300]; app.canvas.setDirty(true, true);")
-            page.wait_for("return document.querySelectorAll('[data-node-id]').length", 10)
-            boxes = page.script(BOXES)
-            assert len(boxes) == len(template(name)["nodes"])
+            boxes = _settled_boxes(page, len(template(name)["nodes"]))
             for one, other in combinations(boxes, 2):
                 assert not _overlap(one[1:], other[1:]), f"{name}: nodes {one[0]} and {other[0]}"
         page.open_template("dual_process", "Teach the horizon with a guide")
@@ -98,7 +97,7 @@ def test_nodes_2_have_room_and_let_go_of_the_live_picture(server, client):
         page.script("app.queuePrompt(0);")
         page.wait_for(LIVE_PICTURES, 120)
         page.wait_for(LIVE_PICTURES.replace("return", "return !"), 120)
-        page.wait_for(PANELS.format(type="DualProcessSeenByJudge"), 120)
+        page.wait_for(PANEL_TEXT.format(type="DualProcessSeenByJudge"), 120)
         heights = dict(page.script(PANEL_HEIGHTS))
         assert heights.keys() == {"DualProcessTrainer", "DualProcessSaveLoRA", "DualProcessSeenByJudge"}
         assert all(40 <= height <= 130 for height in heights.values()), f"long texts scroll: {heights}"
@@ -109,12 +108,12 @@ def test_results_are_shown_again_after_another_tab(server, client):
         page.open_template("dual_process", "Teach the horizon with a guide")
         page.set_widgets("DualProcessTrainer", {"steps": 3, "check_every": 0, "seed": 63})
         page.script("app.queuePrompt(0);")
-        page.wait_for(PANELS.format(type="DualProcessTrainer"), 120)
+        page.wait_for(PANEL_TEXT.format(type="DualProcessTrainer"), 120)
         page.script("await app.extensionManager.command.execute('Comfy.NewBlankWorkflow');")
         page.run()
         page.script("await app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow');")
-        curves = page.wait_for(PANELS.format(type="DualProcessTrainer"))
-        seen = page.wait_for(PANELS.format(type="DualProcessSeenByJudge"))
+        curves = page.wait_for(PANEL_TEXT.format(type="DualProcessTrainer"))
+        seen = page.wait_for(PANEL_TEXT.format(type="DualProcessSeenByJudge"))
     assert curves.count(" % ") == 2 and "Is the overlaid red line" in curves
     assert "Is the overlaid red line" in seen
 
@@ -126,8 +125,18 @@ def test_a_trainer_in_a_subgraph_shows_what_came_of_it(server, client):
         page.script("app.canvas.selectItems(app.graph.nodes.filter(n => n.type === 'DualProcessTrainer'));")
         page.script("await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');")
         page.run()
-        shown = page.script(PANELS.format(type="DualProcessTrainer"))
+        shown = page.script(PANEL_TEXT.format(type="DualProcessTrainer"))
     assert "Held-out seeds" in shown and shown.count(" % ") == 2
+
+
+def _settled_boxes(page, count):
+    """Of all nodes, as soon as there are so many and they have stopped growing."""
+    deadline, boxes, before = time.monotonic() + 30, [], None
+    while len(boxes) != count or boxes != before:
+        assert time.monotonic() < deadline, f"{len(boxes)} of {count} nodes are drawn"
+        time.sleep(0.3)
+        boxes, before = page.script(BOXES), boxes
+    return boxes
 
 
 def _overlap(one, other):

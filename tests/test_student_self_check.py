@@ -226,7 +226,7 @@ def test_guidance_that_remembers(lab, momentum):
     if not momentum:
         check(student)
         return
-    with pytest.raises(RuntimeError, match="asked twice, it answers differently.*APG with momentum"):
+    with pytest.raises(RuntimeError, match="Asked twice, the model answers differently.*APG with momentum"):
         check(student)
 
 

@@ -98,18 +98,15 @@ def load_whole(patchers: list[ModelPatcher], memory_required: int = 0) -> None:
         patchers: the models that are needed at the same time.
         memory_required: bytes to keep free for activations.
     Raises:
-        RuntimeError: a model does not fit whole on the device.
+        RuntimeError: ComfyUI does not put a model whole on the device.
     """
     with torch.inference_mode():  # moving an inference tensor outside inference mode corrupts it
         mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
     for patcher in patchers:
         if getattr(patcher.model, "model_lowvram", False):
-            if mm.vram_state == mm.VRAMState.NO_VRAM:
-                raise DoesNotFit("--novram leaves all weights in main memory. Start ComfyUI without it to train.")
             raise DoesNotFit(
-                f"{type(patcher.model).__name__} ({patcher.model_size() / 1e9:.1f} GB) does not fit on "
-                f"{patcher.load_device} beside the other models. Use a smaller or quantised model or judge, "
-                "or start ComfyUI without --lowvram."
+                f"ComfyUI left weights of {type(patcher.model).__name__} in main memory, as --novram has it. Start "
+                "ComfyUI without it."
             )
 
 

@@ -74,6 +74,7 @@ function showResult(node, output) {
     panel.textContent = text;
     return;
   }
+  panel.replaceChildren();
   output?.curves?.forEach((curves) => drawCurves(panel, curves));
   // ComfyUI shows the trainer's last line itself, but not in every subgraph.
   if (node.graph?.isRootGraph === false) panel.append(text);
