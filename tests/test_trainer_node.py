@@ -70,7 +70,7 @@ def test_a_run_that_fails_says_why_also_if_its_lora_cannot_be_saved(trainer, lab
         if len(run.loss) == 3:
             raise MemoryError("the GPU is full")
 
-    monkeypatch.setattr(trainer, "save_lora", fail)
+    monkeypatch.setattr(trainer, "write_lora", fail)
     monkeypatch.setattr(trainer.Progress, "__call__", stop_at_third_step)
     with pytest.raises(MemoryError, match="the GPU is full"):
         trained(judge=lab.build_judge(), steps=5, learning_rate=1e-2)
