@@ -111,6 +111,10 @@ class Sheet:
         """Put a note below the last node."""
         self._place("MarkdownNote", title, 60 + self._lines(text), [], [], [text], {}, NOTE_COLOURS)
 
+    def height(self, node: int) -> int:
+        """Of a node, px."""
+        return self.nodes[node - 1]["size"][1]
+
     def leave(self, height: int) -> None:
         """Leave free space below the last node."""
         self._y += height

@@ -55,15 +55,15 @@ def teach(sheet: Sheet, lesson: Lesson, models: Models) -> dict[str, Any]:
     )
     lora = Out(trainer, 0)
     sheet.group("Use it: the same seed before and after", ORANGE, 320)
-    sheet.add("DualProcessSaveLoRA", "Keep it", lora=lora, filename_prefix=f"dual_process/{lesson.file}")
+    kept = sheet.add("DualProcessSaveLoRA", "Keep it", lora=lora, filename_prefix=f"dual_process/{lesson.file}")
     before = shown_with(sheet, models, model, vae, to_draw, latent, "Draw without it", "Before")
     if guide:
         compared = {"reference": before} if lesson.guide == "DualProcessBeforeAfterGuide" else {}
         sheet.add("DualProcessSeenByJudge", images=before, questions=questions, judge=judge, **compared)
     sheet.column(320)
-    taught = Out(sheet.add("DualProcessApplyLoRA", "Use what was learned", model=model, lora=lora), 0)
-    sheet.leave(60)  # as much as Save LoRA is higher
-    shown_with(sheet, models, taught, vae, to_draw, latent, "Draw with it", "After, the same seed")
+    taught = sheet.add("DualProcessApplyLoRA", "Use what was learned", model=model, lora=lora)
+    sheet.leave(sheet.height(kept) - sheet.height(taught))
+    shown_with(sheet, models, Out(taught, 0), vae, to_draw, latent, "Draw with it", "After, the same seed")
     return sheet.saved()
 
 

@@ -46,7 +46,7 @@ def check_gradients(student) -> None:
     """Compare the student's gradients with finite differences, at its first sampling step.
 
     Costs three forwards with backward, twelve or thirteen without (more where the first step length does not fit, or
-    half precision cannot hold the gradients), one decode with backward, and the draw of two and a half pictures. The
+    half precision cannot hold the gradients), one decode with backward, and the draw of one and a half pictures. The
     LoRA is left as it was; the student's ``gradient_scale`` falls to what its gradients need to be finite.
 
     Args:
@@ -67,8 +67,8 @@ def check_gradients(student) -> None:
         except RuntimeError as same:
             raise same if out_of_memory(same) else fault
     for k in sorted({student.steps // 2, student.steps - 1}):
-        _check_backward_at(student, k)
-    _ask_twice(student, student.steps - 1)
+        x = _check_backward_at(student, k)
+    _ask_twice(student, x, k)
 
 
 @contextmanager
@@ -125,11 +125,13 @@ def _check_first_step(student) -> None:
         probe.compare_with_differences()
 
 
-def _check_backward_at(student, k: int) -> None:
-    """Patches that answer one step from another are quiet at the first, and keep what they saw from draw to draw."""
+def _check_backward_at(student, k: int) -> Tensor:
+    """Patches that answer one step from another are quiet at the first, and keep what they saw from draw to draw.
+    Returns x_σk."""
     try:
         x = student.roll(student.noise(SEED), k)
         _backward_with_some_kept(student, x, k)
+        return x
     except (RuntimeError, TypeError) as error:
         if out_of_memory(error):
             raise
@@ -174,9 +176,8 @@ def _said(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _ask_twice(student, k: int) -> None:
+def _ask_twice(student, x: Tensor, k: int) -> None:
     """The anchor compares two predictions of the same, which have to differ by the LoRA alone."""
-    x = student.roll(student.noise(SEED), k)
     once, again = student.predict(x, k), student.predict(x, k)
     if (again - once).norm() > REMEMBERED * once.norm():
         raise RuntimeError(
