@@ -34,13 +34,15 @@ EVERY = [(about, answer) for about in PROPERTIES for answer in ("Yes", "No")]
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 PAIR = {"horizon": "Yes", "palette": "No"}
 # Luo et al., section 4: cross-entropy, a random step, no guard of any kind; the rate is the one that suits this student
-PUBLISHED = Settings(steps=180, learning_rate=1e-3, anchor=0.0, judge_noise=0.0, average=0.0, check_every=0)
+UNGUARDED = {"anchor": 0.0, "prior": 0.0, "judge_noise": 0.0, "average": 0.0, "check_every": 0}
+PUBLISHED = Settings(steps=180, learning_rate=1e-3, **UNGUARDED)
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property,
 # in batches of half the size and TEMPLATE's number of steps, and beside it the same with nothing changed
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
 WITHOUT = {
     "with everything": {},
     "without the anchor": {"anchor": 0.0},
+    "without the prior": {"prior": 0.0},
     "without noise before the judge": {"judge_noise": 0.0},
     "without the running average": {"average": 0.0},
     "without clipping": {"clip": math.inf},

@@ -24,7 +24,7 @@ from dual_process.trainers.memory_plan import MemoryPlan, plan_memory
 from dual_process.vlm.plain import extended, repeated
 
 K = 1  # of four sampler steps: one step of rollout goes before the one that is learned from
-PLAIN = Settings(anchor=0.0)  # what the published step does too
+PLAIN = Settings(anchor=0.0, prior=0.0)  # what the published step does too
 ANCHORED = Settings()
 
 
@@ -206,7 +206,7 @@ class Watched:
         return getattr(self._student, name)
 
     def predict(self, x: Tensor, k: int) -> Tensor:
-        self._entered("generator forward" if torch.is_grad_enabled() else "anchor")
+        self._entered("generator forward" if torch.is_grad_enabled() else "holding")
         x0 = self._student.predict(x, k)
         if x0.requires_grad:
             x0.register_hook(lambda _: self._entered("generator backward"))

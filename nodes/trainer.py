@@ -184,6 +184,7 @@ def settings_from(inputs: SimpleNamespace, prompts: int) -> Settings:
         accumulate=inputs.accumulate,
         drift_limit=inputs.drift_limit,
         augment=inputs.augment,
+        prior=inputs.prior,
     )
 
 

@@ -239,4 +239,15 @@ def _further() -> list[io.Input]:
             "blocks that do not fit are recomputed. Always: all blocks, for the least memory. Only read while "
             "checkpointing is on.",
         ),
+        io.Float.Input(
+            "prior",
+            default=Settings.prior,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            optional=True,
+            tooltip="How strongly what the model without the LoRA would clean away, such as stains, seams and false "
+            "lines, is kept out of pictures. Raise it when pictures get dirty, lower it when the answer does not move. "
+            "0: off, and steps are shorter by two passes of the model without gradients.",
+        ),
     ]

@@ -93,6 +93,11 @@ class GreyStudent:
     def predict(self, x, k):
         return 0.3 + x + (self.lora.shift if self.lora.on else 0.0)
 
+    def redrawn(self, x0, noise):
+        """All greys are the model's own."""
+        assert not self.lora.on
+        return x0 + noise
+
     def decode(self, x0):
         return x0
 
@@ -338,6 +343,22 @@ def test_the_anchor_holds_back():
     assert 0 < held.lora.shift < free.lora.shift
 
 
+class DimStudent(GreyStudent):
+    """Its untaught model makes nothing brighter than 0.4, and cleans it away."""
+
+    def redrawn(self, x0, noise):
+        return x0.clamp(max=0.4)
+
+
+def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
+    often = {"check_every": 0, "anchor": 0.0}
+    free, _, _ = teach(prior=0.0, **often)
+    natural, _, _ = teach(prior=50.0, **often)
+    held, _, _ = teach(student=DimStudent(), prior=50.0, **often)
+    assert natural.lora.shift.item() == pytest.approx(free.lora.shift.item(), rel=0.05)
+    assert 0.05 < held.lora.shift.item() < 0.15 < free.lora.shift.item() - 0.1
+
+
 def test_training_never_sees_the_held_out_seeds():
     student, run, _ = teach(check_seeds=3)
     checks = {s for s in student.seeds if 2**31 <= s < 2**32}
@@ -420,7 +441,7 @@ def test_accumulated_passes_are_one_larger_batch():
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: stepped.append(optimizer.param_groups[0]["params"][0].grad.item())
     )
-    quiet = {"steps": 1, "judge_noise": 0.0, "anchor": 0.0, "check_every": 0, "clip": 1e9}
+    quiet = {"steps": 1, "judge_noise": 0.0, "anchor": 0.0, "prior": 0.0, "check_every": 0, "clip": 1e9}
     student, run, _ = teach(accumulate=4, **quiet)
     hook.remove()
     trained = [seed for seed in student.seeds if seed >= 2**32]
@@ -491,7 +512,7 @@ def test_small_gradients_come_through_a_half_precision_judge():
     gradients = []
     for dtype in (torch.float32, torch.float16):
         student, judge = Picture(), Judge(model.to(dtype), processor, "tiny")
-        quiet, rng = Settings(judge_noise=0.0, anchor=0.0), torch.Generator().manual_seed(0)
+        quiet, rng = Settings(judge_noise=0.0, anchor=0.0, prior=0.0), torch.Generator().manual_seed(0)
         noise = student.noise(0)
         one_pass(student, judge, Small([Question("Is the line thick?")]), quiet, rng, noise, noise, 0)
         gradients.append(student.lora.shift.grad.flatten())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dual_process.tests.gradients import derivative_ratio, give_lora_a_value, picture_to_lora_ratio
-from dual_process.trainers.dual_process import Settings, one_pass
+from dual_process.trainers.dual_process import Settings, new_noise, one_pass, shown
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.question import Question
 
@@ -322,14 +322,15 @@ def test_an_empty_latent_has_the_size_that_ksampler_gives_it(lab):
     assert lab.build_student("FLUX.2", model, latent=latent).latent.shape == drawn["samples"].shape
 
 
-@pytest.mark.parametrize("anchor", [0.3, 0.0])
+@pytest.mark.parametrize("anchor, prior", [(0.3, 10.0), (0.0, 10.0), (0.3, 0.0), (0.0, 0.0)])
 @pytest.mark.parametrize("kind", [MARGIN, TARGET, LIKELIHOOD])
-def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, anchor):
+def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, anchor, prior):
     """The loop's own pass, in two parts, against plain end-to-end autograd."""
     student, judge = lab.build_student("SD3"), lab.build_judge()
     questions = [Question("Is the line thick?"), Question("What is it?", "a line", 2.0)]
     objective = Objective(questions, kind, target=1 - 1e-13)
-    settings, rng = Settings(anchor=anchor, judge_noise=0.0), torch.Generator().manual_seed(0)
+    settings = Settings(anchor=anchor, prior=prior, judge_noise=0.0)
+    rng, again = (torch.Generator().manual_seed(0) for _ in range(2))
 
     def loop():
         give_lora_a_value(student.lora)
@@ -339,9 +340,14 @@ def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, an
             base = student.predict(x, 1)
         x0 = student.predict(x, 1)
         image = student.decode(x0)
+        shown(image, settings, again)  # draws as the pass will
+        with student.lora.disabled():
+            little = new_noise(student, again)
+            removed = (x0 - student.redrawn(x0, little)) - (base - student.redrawn(base, little))
         seen = image + (image.clamp(0, 1) - image).detach()  # a clamp that lets gradients pass
         loss, _ = objective(judge.judge, seen)
-        whole = torch.autograd.grad(loss + anchor * (x0 - base).square().mean(), list(student.lora.parameters()))
+        held = anchor * (x0 - base).square().mean() + prior * 2 * (removed.detach() * x0).mean()
+        whole = torch.autograd.grad(loss + held, list(student.lora.parameters()))
         one_pass(student, judge.judge, objective, settings, rng, noise, x, 1)
         return whole, [p.grad for p in student.lora.parameters()]
 
@@ -350,9 +356,9 @@ def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, an
         assert torch.allclose(a, b, atol=1e-6 * a.abs().max())
 
 
-@pytest.mark.parametrize("anchor, forwards", [(0.1, 2), (0.0, 1)])
-def test_a_step_runs_the_model_no_more_than_it_needs(lab, anchor, forwards):
-    """Once for x0, and once more only where there is an anchor to compare with."""
+@pytest.mark.parametrize("anchor, prior, forwards", [(0.1, 10.0, 4), (0.0, 10.0, 4), (0.1, 0.0, 2), (0.0, 0.0, 1)])
+def test_a_step_runs_the_model_no_more_than_it_needs(lab, anchor, prior, forwards):
+    """Once for x0, once more only where that is compared, and twice more only where it is redrawn."""
     student, judge = lab.build_student("SD3", cfg=1.0), lab.build_judge()
     rng = torch.Generator().manual_seed(0)
     calls = []
@@ -360,11 +366,42 @@ def test_a_step_runs_the_model_no_more_than_it_needs(lab, anchor, forwards):
     def loop():
         noise = student.noise(3)
         student.model.model.diffusion_model.register_forward_pre_hook(lambda *_: calls.append(1))
-        settings = Settings(anchor=anchor)
+        settings = Settings(anchor=anchor, prior=prior)
         one_pass(student, judge.judge, Objective([Question("Is the line thick?")]), settings, rng, noise, noise, 0)
 
     student.run(loop, beside=[judge.patcher])
     assert len(calls) == forwards
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_redrawn_is_what_a_sampler_of_one_step_makes_of_the_picture(lab, name):
+    """With the same little noise, without the LoRA: ComfyUI's own sampling, for models of noise and of flow."""
+    import comfy.sample
+    import comfy.samplers
+
+    from dual_process.trainers.comfy_student import LITTLE_NOISE
+
+    student = lab.build_student(name, cfg=1.0)
+    model = lab.build_model(name)
+    sigma = model.get_model_object("model_sampling").percent_to_sigma(LITTLE_NOISE)
+
+    def loop():
+        give_lora_a_value(student.lora)
+        x0, noise = student.predict(student.noise(3), 0).detach(), student.noise(4)
+        with student.lora.disabled():
+            redrawn = student.redrawn(x0, noise)
+        assert not redrawn.requires_grad and not torch.equal(redrawn, student.redrawn(x0, noise))
+        return *map(student._guider.inner_model.process_latent_out, (x0, redrawn)), noise
+
+    x0, redrawn, noise = student.run(loop, beside=[])
+    positive = lab.build_conditioning(name)
+    sampler = comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        sampled = comfy.sample.sample_custom(
+            model, noise, 1.0, sampler, torch.tensor([float(sigma), 0.0]), positive, positive, x0, disable_pbar=True
+        )
+    assert not torch.allclose(redrawn, x0, atol=1e-3)
+    assert torch.allclose(redrawn, sampled, atol=1e-4 * sampled.abs().max())
 
 
 def test_a_prediction_costs_the_same_after_a_draw(lab):

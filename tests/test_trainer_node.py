@@ -23,7 +23,9 @@ def test_boxes_start_with_the_defaults_of_the_method(trainer):
 
     asked = trainer.Trainer.GET_NODE_INFO_V1()["input"]
     boxes = asked["required"] | asked["optional"]
-    same = "steps learning_rate seed anchor judge_noise check_every stop_at accumulate drift_limit augment".split()
+    same = (
+        "steps learning_rate seed anchor judge_noise check_every stop_at accumulate drift_limit augment prior".split()
+    )
     started = {name: boxes[name][1]["default"] for name in same}
     assert started == {name: getattr(Settings(), name) for name in same}
     assert boxes["target"][1]["default"] == Objective([Question("?")]).target

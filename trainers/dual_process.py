@@ -65,6 +65,7 @@ class Settings:
             and on at a third of the rate, and after ``RETREATS`` times stops; 0 never does. What a LoRA that is
             continued has changed already may change by half of it more. Not read if ``check_every`` is 0.
         accumulate: passes of one batch, each with a noise of its own, whose gradients make one step.
+        prior: weight of what the model without the LoRA would take out of pictures again, see ``holding``.
     """
 
     steps: int = 100
@@ -81,6 +82,7 @@ class Settings:
     average: float = 0.7
     accumulate: int = 1
     drift_limit: float = 0.25
+    prior: float = 10.0
 
     def learned_steps(self, steps: int) -> range:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
@@ -248,23 +250,25 @@ def starts(student, settings: Settings, rng: torch.Generator) -> Iterator[tuple[
     (DRaFT-LV, Clark et al., arXiv 2309.17400); otherwise every pass is a draw of its own, up to step k.
     """
 
-    def noise() -> Tensor:
-        return student.noise(TRAINING_SEEDS + int(torch.randint(2**31, (), generator=rng)))
-
     def draw(k: int) -> tuple[Tensor, Tensor]:
         student.use_prompt(int(torch.randint(student.prompts, (), generator=rng)))
-        start = noise()
+        start = new_noise(student, rng)
         return start, student.roll(start, k)
 
     if settings.learn_at == FRESH_NOISE:
         (start, x0), k = draw(student.steps), student.steps - 1
         for _ in range(settings.accumulate):
-            yield start, student.noised(x0, noise(), k), k
+            yield start, student.noised(x0, new_noise(student, rng), k), k
         return
     steps = settings.learned_steps(student.steps)
     for _ in range(settings.accumulate):
         k = int(torch.randint(steps.start, steps.stop, (), generator=rng))
         yield *draw(k), k
+
+
+def new_noise(student, rng: torch.Generator) -> Tensor:
+    """Unit Gaussian noise in the latent's shape, of a seed that no look draws."""
+    return student.noise(TRAINING_SEEDS + int(torch.randint(2**31, (), generator=rng)))
 
 
 def one_pass(
@@ -291,13 +295,31 @@ def one_pass(
         x0 = student.predict(x, k)
         image = student.decode(x0)
     pushed, pushes = [image], [seen.grad / judge.gradient_scale]
-    if settings.anchor:
-        with torch.no_grad(), student.lora.disabled():
-            drift = x0 - student.predict(x, k)
+    if settings.anchor or settings.prior:
         pushed.append(x0)
-        pushes.append(settings.anchor * 2 / x0.numel() * drift)
+        pushes.append(holding(student, settings, rng, x0.detach(), x, k))
     torch.autograd.backward(pushed, [push * student.gradient_scale for push in pushes])
     return loss.detach(), scores.mean(dim=0), image.detach()
+
+
+@torch.no_grad()
+def holding(student, settings: Settings, rng: torch.Generator, x0: Tensor, x: Tensor, k: int) -> Tensor:
+    """What holds pictures: a gradient at ``x0``, which the student predicted from ``x`` at σk, in its shape.
+
+    Without the LoRA the same x is predicted to be b. The anchor pulls at all of the change x0 - b, as the gradient of
+    its mean square. The prior pulls at that part of the change which the model without the LoRA does not leave in a
+    picture: (x0 - f(x0)) - (b - f(b)), where f is ``redrawn``. It is regularisation by denoising (Romano, Elad and
+    Milanfar, arXiv 1611.02862), whose gradient is x0 - f(x0), as a difference like that of delta denoising scores
+    (Hertz et al., arXiv 2304.07090): where the LoRA changes nothing it is 0, and what f blurs in any picture cancels.
+    """
+    with student.lora.disabled():
+        b = student.predict(x, k)
+        change = x0 - b
+        push = settings.anchor * change
+        if settings.prior:
+            noise = new_noise(student, rng)
+            push += settings.prior * (change - student.redrawn(x0, noise) + student.redrawn(b, noise))
+    return 2 / x0.numel() * push
 
 
 def shown(images: Tensor, settings: Settings, rng: torch.Generator) -> Tensor:
