@@ -4,9 +4,9 @@
 
 Students and judges have the published shapes and random weights, made on the GPU: FLUX schnell (12 B, bf16 and fp8)
 and SDXL, each with its own VAE's shape; Qwen2.5-VL of 7 B and 3 B and SmolVLM of 2 B, in bf16 and, where bitsandbytes
-is installed, in 4 bits; 512 and 1024 px, three questions. ``default`` is the trainer's own step, with the anchor, and
-recomputes what the trainer chooses for the memory that is free (``chosen``); ``checkpointed`` recomputes everything and
-``plain`` nothing, without anchor. Ratios are ours over the published way, of memory beyond what was held before the
+is installed, in 4 bits; 512 and 1024 px, three questions. ``default`` is the trainer's own step, with anchor and prior,
+and recomputes what the trainer chooses for the memory that is free (``chosen``); ``checkpointed`` recomputes everything
+and ``plain`` nothing, without both. Ratios are ours over the published way, of memory beyond what was held before the
 step; ``whole_peak_mb`` is with the weights. What does not fit into the GPU's memory says so; where model and judge take
 turns, ``moving_seconds`` are what bringing each took, once a step. ``--tiny`` runs the same code on tiny models, on a
 CPU too.
@@ -32,7 +32,7 @@ from torch import nn
 
 from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pair, smol_judge, start_comfyui
-from dual_process.benchmarks.ways import ANCHORED, Ours, Published, machine, report
+from dual_process.benchmarks.ways import HELD, Ours, Published, machine, report
 from dual_process.trainers.live_memory import LiveMemory
 from dual_process.vlm.memory import out_of_memory
 
@@ -259,7 +259,7 @@ def release() -> None:
 
 def by_default(pair) -> Ours:
     """Our step as the trainer takes it if nothing is changed there."""
-    way = Ours(pair, QUESTIONS, checkpointed=True, settings=ANCHORED)
+    way = Ours(pair, QUESTIONS, checkpointed=True, settings=HELD)
     way.settle()
     return way
 

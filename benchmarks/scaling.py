@@ -3,8 +3,8 @@
     python3 dev.py bench scaling --json scaling.json --plot scaling.png
 
 One size is varied at a time, on a random FLUX of width 256 and a random judge of SmolVLM's form, with every block
-recomputed, the trainer's anchor and one question. Reported is the exponent e of cost ~ size^e, fitted over all sizes,
-of CPU seconds (medians of steps taken in turn) and of the peak of live tensors beyond the weights.
+recomputed, the trainer's anchor and prior, and one question. Reported is the exponent e of cost ~ size^e, fitted over
+all sizes, of CPU seconds (medians of steps taken in turn) and of the peak of live tensors beyond the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import Pair, flux, random_pair, smol_judge, start_comfyui
-from dual_process.benchmarks.ways import ANCHORED, Ours, interleaved, machine, peaks, report
+from dual_process.benchmarks.ways import HELD, Ours, interleaved, machine, peaks, report
 
 SIZES = {
     "image side": [256, 384, 512, 768, 1024],
@@ -43,7 +43,7 @@ def pair_of(sizes: dict[str, int]) -> Pair:
 
 def sweep(name: str, values: list[int], repeats: int) -> dict:
     """CPU seconds and peak megabytes at every size, and their exponents."""
-    steps = {value: Ours(pair_of({**BASE, name: value}), 1, True, ANCHORED) for value in values}
+    steps = {value: Ours(pair_of({**BASE, name: value}), 1, True, HELD) for value in values}
     taken = interleaved(
         {value: lambda measured, step=step: step.run(0, measured) for value, step in steps.items()}, repeats
     )

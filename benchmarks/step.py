@@ -11,7 +11,7 @@ of it.
 
 * ``plain``: everything kept. ``automatic``: recomputed what the trainer chooses where ``TIGHT`` of the published way's
   peak is free (``bench memory``). ``checkpointed``: everything recomputed, which is the least memory. ``default``: as
-  automatic, and with the anchor, as the trainer is set by default. The others are without anchor.
+  automatic, and with anchor and prior, as the trainer is set by default. The others are without both.
 * ``..._over_ideal``: one question, against bare forward and backward of generator, VAE and judge on the same tensors.
 * ``..._over_published``: three questions, against one graph from the answers to the LoRA, with a whole pass of the
   judge for each question.
@@ -29,7 +29,7 @@ import torch
 
 from dual_process.benchmarks.pairs import Pair, bundled, parameters, random_pair, sd3, smol_judge, start_comfyui
 from dual_process.benchmarks.ways import (
-    ANCHORED,
+    HELD,
     Ideal,
     Ours,
     Published,
@@ -54,7 +54,7 @@ def compare(pair: Pair, repeats: int) -> dict:
             f"plain{asked}": Ours(pair, count, checkpointed=False),
             f"automatic{asked}": Ours(pair, count, checkpointed=True),
             f"checkpointed{asked}": Ours(pair, count, checkpointed=True),
-            f"default{asked}": Ours(pair, count, checkpointed=True, settings=ANCHORED),
+            f"default{asked}": Ours(pair, count, checkpointed=True, settings=HELD),
         }
         plans |= {f"{name}{asked}": steps[f"{name}{asked}"].settle(free) for name in ("automatic", "default")}
     ways = {name: lambda measured, step=step: step.run(0, measured) for name, step in steps.items()}

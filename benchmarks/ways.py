@@ -25,7 +25,7 @@ from dual_process.vlm.plain import extended, repeated
 
 K = 1  # of four sampler steps: one step of rollout goes before the one that is learned from
 PLAIN = Settings(anchor=0.0, prior=0.0)  # what the published step does too
-ANCHORED = Settings()
+HELD = Settings()
 
 
 class Ours:
@@ -35,7 +35,7 @@ class Ours:
         pair: student and judge.
         questions: how many are asked.
         checkpointed: recompute all blocks of generator, VAE and judge in backward; ``settle`` may choose otherwise.
-        settings: with or without anchor.
+        settings: with or without anchor and prior.
     Attributes:
         plan: what ``settle`` chose, None before.
         apart: whether it chose to take turns.
