@@ -82,7 +82,7 @@ class Settings:
     average: float = 0.7
     accumulate: int = 1
     drift_limit: float = 0.25
-    prior: float = 10.0
+    prior: float = 4.0
 
     def learned_steps(self, steps: int) -> range:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
