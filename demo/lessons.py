@@ -86,9 +86,9 @@ TURBO = Models(
 
 # for colours, which change all of the picture and get gaudy where later steps are learned from too
 ALL_CHANGES = {"anchor": 0.1, "learn_at": "early steps", "drift_limit": 0.35}
-# learned late, and not by every seed under as much noise as the default has; with a prior skies got stains, because late
-# steps, in which they come up, are not learned from
-TINY_COLOURS = ALL_CHANGES | {"steps": 300, "judge_noise": 0.05, "prior": 0.0}
+COLOURS = ALL_CHANGES | {"prior": 0.0}  # which it holds back, and skies got stains
+# learned late, and not by every seed under as much noise as the default has
+TINY_COLOURS = COLOURS | {"steps": 300, "judge_noise": 0.05}
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
@@ -255,7 +255,7 @@ LESSONS = [
         "Is this a painting of a street market?" + SUFFIX,
         guide="DualProcessPaletteGuide",
         try_this="Type other hex codes, or connect a picture to *reference*.",
-        training=ALL_CHANGES | FOLLOWING,
+        training=COLOURS | FOLLOWING,
     ),
     Lesson(
         "Teach line weight",
@@ -306,7 +306,7 @@ LESSONS = [
         "a photo of a beach",
         "Is this a photo of a beach?" + SUFFIX,
         guide="DualProcessBeforeAfterGuide",
-        training=ALL_CHANGES | FOLLOWING,
+        training=COLOURS | FOLLOWING,
         try_this='Ask for another change: "Is the second picture more ... than the first? Answer with Yes or No." '
         "The judge has to be a model that takes two pictures at once.",
     ),

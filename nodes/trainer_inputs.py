@@ -247,7 +247,7 @@ def _further() -> list[io.Input]:
             step=0.5,
             optional=True,
             tooltip="How strongly what the model without the LoRA would clean away, such as stains, seams and false "
-            "lines, is kept out of pictures. Raise it when pictures get dirty, lower it when the answer does not move. "
-            "0: off, and steps are shorter by two passes of the model without gradients.",
+            "lines, is kept out of pictures. Raise it when pictures get dirty; lower it when the answer does not move, "
+            "at high cfg, and to 0 for colours. 0 also saves two passes of the model in each step.",
         ),
     ]

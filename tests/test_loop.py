@@ -355,8 +355,8 @@ def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
     free, _, _ = teach(prior=0.0, **often)
     natural, _, _ = teach(prior=50.0, **often)
     held, _, _ = teach(student=DimStudent(), prior=50.0, **often)
-    assert natural.lora.shift.item() == pytest.approx(free.lora.shift.item(), rel=0.05)
-    assert 0.05 < held.lora.shift.item() < 0.15 < free.lora.shift.item() - 0.1
+    assert natural.lora.shift.item() == pytest.approx(free.lora.shift.item(), rel=0.1)
+    assert 0.05 < held.lora.shift.item() < 0.25 < free.lora.shift.item() / 2
 
 
 def test_training_never_sees_the_held_out_seeds():

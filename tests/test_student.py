@@ -382,23 +382,33 @@ def test_redrawn_is_what_a_sampler_of_one_step_makes_of_the_picture(lab, name):
     from dual_process.trainers.comfy_student import LITTLE_NOISE
 
     student = lab.build_student(name, cfg=1.0)
-    model = lab.build_model(name)
-    sigma = model.get_model_object("model_sampling").percent_to_sigma(LITTLE_NOISE)
+    model, schedules = lab.build_model(name), []
+    sampling = model.get_model_object("model_sampling")
+
+    def note_schedule(network, args, kwargs):
+        schedules.append(kwargs["transformer_options"]["sample_sigmas"])
 
     def loop():
         give_lora_a_value(student.lora)
         x0, noise = student.predict(student.noise(3), 0).detach(), student.noise(4)
+        hook = student.model.model.diffusion_model.register_forward_pre_hook(note_schedule, with_kwargs=True)
         with student.lora.disabled():
             redrawn = student.redrawn(x0, noise)
+        hook.remove()
         assert not redrawn.requires_grad and not torch.equal(redrawn, student.redrawn(x0, noise))
         return *map(student._guider.inner_model.process_latent_out, (x0, redrawn)), noise
 
     x0, redrawn, noise = student.run(loop, beside=[])
-    positive = lab.build_conditioning(name)
-    sampler = comfy.samplers.sampler_object("euler")
+    (sigmas,) = schedules
+    none, one = torch.zeros(1), torch.ones(1)
+    laid_over = sampling.noise_scaling(sigmas[0], one.clone(), none) / sampling.noise_scaling(
+        sigmas[0], none.clone(), one
+    )
+    assert sigmas[1] == 0 and laid_over.item() == pytest.approx(LITTLE_NOISE * getattr(sampling, "sigma_data", 1))
+    positive, sampler = lab.build_conditioning(name), comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
         sampled = comfy.sample.sample_custom(
-            model, noise, 1.0, sampler, torch.tensor([float(sigma), 0.0]), positive, positive, x0, disable_pbar=True
+            model, noise, 1.0, sampler, sigmas, positive, positive, x0, disable_pbar=True
         )
     assert not torch.allclose(redrawn, x0, atol=1e-3)
     assert torch.allclose(redrawn, sampled, atol=1e-4 * sampled.abs().max())

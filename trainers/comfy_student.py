@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import comfy.model_sampling
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -54,7 +55,7 @@ TOY = 50_000_000  # numbers in the weights of a diffusion model, below which it 
 TRAINING_MEMORY = 3
 KEPT_OF_LORA = 3  # times its size: AdamW's two moments and the running average
 JUDGES = ["judge", "second judge"]
-LITTLE_NOISE = 0.95  # how far along the model's schedule the noise is as little as pictures are redrawn with
+LITTLE_NOISE = 0.158  # times a picture's own spread: what is laid over it before it is redrawn
 
 
 class ComfyStudent:
@@ -322,8 +323,8 @@ class ComfyStudent:
     def predict(self, x: Tensor, k: int) -> Tensor:
         """x0 in the model's latent space as predicted from ``x`` at σk (paper: the one-step denoised estimate).
 
-        What patches draw at random (HyperTile, ToMe), they draw again where the same is predicted twice, as for the
-        anchor.
+        What patches draw at random (HyperTile, ToMe), they draw again where the same is predicted twice, as for anchor
+        and prior.
 
         Raises:
             RuntimeError: a patch on the MODEL holds tensors that autograd refuses.
@@ -332,18 +333,20 @@ class ComfyStudent:
 
     @torch.no_grad()
     def redrawn(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """``x0`` with a little of ``noise`` laid over it, and denoised in one step: what does not look like the model's
-        own pictures (stains, false lines) is missing then. Raises as ``predict``."""
-        model_sampling = self._guider.inner_model.model_sampling
-        sigma = self._sigmas.new_tensor(model_sampling.percent_to_sigma(LITTLE_NOISE))
+        """``x0`` with a little of ``noise`` laid over it and denoised, as by a sampler of that one step: of what does
+        not look like the model's own pictures (stains, false lines), a part is gone then."""
+        sigma, options = self._little_noise, self._extra_args["model_options"]
+        x = self._guider.inner_model.model_sampling.noise_scaling(sigma, noise.clone(), x0, False)
         self._denoiser.noise = noise
-        return self._denoised(model_sampling.noise_scaling(sigma, noise.clone(), x0, False), sigma)
+        # some patches look up the step in the schedule by its sigma
+        one_step = {**options["transformer_options"], "sample_sigmas": torch.stack([sigma, torch.zeros_like(sigma)])}
+        return self._denoised(x, sigma, model_options={**options, "transformer_options": one_step})
 
-    def _denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def _denoised(self, x: Tensor, sigma: Tensor, **other_args) -> Tensor:
         self.turns.need(self.model)
         try:
             with torch.random.fork_rng([x.device] if x.is_cuda else []):
-                return self._denoiser(x, sigma.expand(x.shape[0]), **self._extra_args)
+                return self._denoiser(x, sigma.expand(x.shape[0]), **{**self._extra_args, **other_args})
         except RuntimeError as error:
             if "Inference tensors cannot be saved" not in str(error):
                 raise
@@ -391,6 +394,7 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
+        student._little_noise = sigmas.new_tensor(_sigma_of(LITTLE_NOISE, model_wrap.inner_model.model_sampling))
         student._full_denoise = student.sampler.max_denoise(model_wrap, sigmas)  # reads from the device
         student._conds = [
             comfy.samplers.process_conds(
@@ -411,6 +415,13 @@ class _Loop(comfy.samplers.Sampler):
                 raise torch.OutOfMemoryError(f"{student.shortage()} ({error})") from error
         model_wrap.conds = student._all_conds  # of which the ControlNets are put away
         return latent_image
+
+
+def _sigma_of(noise: float, model_sampling) -> float:
+    """The sigma at which noise is so many times as strong as a picture."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):  # sigma * noise + (1 - sigma) * picture
+        return noise / (1 + noise)
+    return noise * model_sampling.sigma_data
 
 
 def _swaps_weights(conditioning: list) -> bool:

@@ -177,7 +177,7 @@ def _said(error: Exception) -> str:
 
 @torch.no_grad()
 def _ask_twice(student, x: Tensor, k: int) -> None:
-    """The anchor compares two predictions of the same, which have to differ by the LoRA alone."""
+    """Anchor and prior compare predictions of the same, which have to differ by the LoRA alone."""
     once, again = student.predict(x, k), student.predict(x, k)
     if (again - once).norm() > REMEMBERED * once.norm():
         raise RuntimeError(
