@@ -43,6 +43,7 @@ def teach(question, **settings):
         "check_every": 5,
         "judge_noise": 0.0,
         "anchor": 0.0,
+        "prior": 0.0,
         "stop_at": 0.9,
         "drift_limit": 0,
     }
