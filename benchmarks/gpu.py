@@ -32,7 +32,7 @@ from torch import nn
 
 from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pair, smol_judge, start_comfyui
-from dual_process.benchmarks.ways import HELD, Ours, Published, machine, report
+from dual_process.benchmarks.ways import DEFAULT, Ours, Published, machine, report
 from dual_process.trainers.live_memory import LiveMemory
 from dual_process.vlm.memory import out_of_memory
 
@@ -259,7 +259,7 @@ def release() -> None:
 
 def by_default(pair) -> Ours:
     """Our step as the trainer takes it if nothing is changed there."""
-    way = Ours(pair, QUESTIONS, checkpointed=True, settings=HELD)
+    way = Ours(pair, QUESTIONS, checkpointed=True, settings=DEFAULT)
     way.settle()
     return way
 

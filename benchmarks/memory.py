@@ -20,7 +20,7 @@ import torch
 
 from dual_process.benchmarks.pairs import Pair, start_comfyui
 from dual_process.benchmarks.step import PAIRS, QUESTIONS, TIGHT, compare_all
-from dual_process.benchmarks.ways import HELD, Ours, Published, machine, peaks
+from dual_process.benchmarks.ways import DEFAULT, Ours, Published, machine, peaks
 
 MB = 2**20
 
@@ -32,22 +32,22 @@ def compare(pair: Pair) -> dict:
         "plain": Ours(pair, QUESTIONS, checkpointed=False),
         "automatic": Ours(pair, QUESTIONS, checkpointed=True),
         "checkpointed": Ours(pair, QUESTIONS, checkpointed=True),
-        "default": Ours(pair, QUESTIONS, checkpointed=True, settings=HELD),
+        "default": Ours(pair, QUESTIONS, checkpointed=True, settings=DEFAULT),
     }
     found = {"published": peaks(ways["published"])}
     free = TIGHT * found["published"]["whole"]
     plan = ways["automatic"].settle(free)
-    held = ways["default"].settle(free)
+    default = ways["default"].settle(free)
     found |= {name: peaks(way) for name, way in ways.items() if name not in found}
     whole = {name: one["whole"] for name, one in found.items()}
     foreseen = {"plain": plan.keeping, "automatic": plan.chosen, "checkpointed": plan.recomputing}
-    foreseen["default"] = held.chosen
+    foreseen["default"] = default.chosen
     ratios = {f"{name}_over_published": whole[name] / whole["published"] for name in foreseen}
     ratios |= {f"{name}_predicted_over_measured": foreseen[name] / whole[name] for name in foreseen}
     return {
         "peak_mb": {name: {phase: size / MB for phase, size in one.items()} for name, one in found.items()},
         "predicted_mb": {name: size / MB for name, size in foreseen.items()},
-        "chosen": {"automatic": plan.sentence(), "default": held.sentence()},
+        "chosen": {"automatic": plan.sentence(), "default": default.sentence()},
         "ratios": ratios,
     }
 

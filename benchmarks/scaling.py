@@ -17,7 +17,7 @@ import torch
 
 from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import Pair, flux, random_pair, smol_judge, start_comfyui
-from dual_process.benchmarks.ways import HELD, Ours, interleaved, machine, peaks, report
+from dual_process.benchmarks.ways import DEFAULT, Ours, interleaved, machine, peaks, report
 
 SIZES = {
     "image side": [256, 384, 512, 768, 1024],
@@ -43,7 +43,7 @@ def pair_of(sizes: dict[str, int]) -> Pair:
 
 def sweep(name: str, values: list[int], repeats: int) -> dict:
     """CPU seconds and peak megabytes at every size, and their exponents."""
-    steps = {value: Ours(pair_of({**BASE, name: value}), 1, True, HELD) for value in values}
+    steps = {value: Ours(pair_of({**BASE, name: value}), 1, True, DEFAULT) for value in values}
     taken = interleaved(
         {value: lambda measured, step=step: step.run(0, measured) for value, step in steps.items()}, repeats
     )

@@ -29,7 +29,7 @@ import torch
 
 from dual_process.benchmarks.pairs import Pair, bundled, parameters, random_pair, sd3, smol_judge, start_comfyui
 from dual_process.benchmarks.ways import (
-    HELD,
+    DEFAULT,
     Ideal,
     Ours,
     Published,
@@ -54,7 +54,7 @@ def compare(pair: Pair, repeats: int) -> dict:
             f"plain{asked}": Ours(pair, count, checkpointed=False),
             f"automatic{asked}": Ours(pair, count, checkpointed=True),
             f"checkpointed{asked}": Ours(pair, count, checkpointed=True),
-            f"default{asked}": Ours(pair, count, checkpointed=True, settings=HELD),
+            f"default{asked}": Ours(pair, count, checkpointed=True, settings=DEFAULT),
         }
         plans |= {f"{name}{asked}": steps[f"{name}{asked}"].settle(free) for name in ("automatic", "default")}
     ways = {name: lambda measured, step=step: step.run(0, measured) for name, step in steps.items()}

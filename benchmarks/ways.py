@@ -25,7 +25,7 @@ from dual_process.vlm.plain import extended, repeated
 
 K = 1  # of four sampler steps: one step of rollout goes before the one that is learned from
 PLAIN = Settings(anchor=0.0, prior=0.0)  # what the published step does too
-HELD = Settings()
+DEFAULT = Settings()
 
 
 class Ours:

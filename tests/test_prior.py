@@ -17,7 +17,7 @@ def student(comfy):
 
 
 def test_stains_are_pulled_out_and_other_scenes_are_not(student):
-    """Of a picture of another seed, the prior leaves nearly all; of a stain of a quarter of that size, hardly any."""
+    """Of a picture of another seed, the prior leaves nearly all; of a stain of a quarter of that size, about half."""
 
     def loop() -> list[float]:
         k = student.steps - 1

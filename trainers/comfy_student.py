@@ -335,11 +335,11 @@ class ComfyStudent:
     def redrawn(self, x0: Tensor, noise: Tensor) -> Tensor:
         """``x0`` with a little of ``noise`` laid over it and denoised, as by a sampler of that one step: of what does
         not look like the model's own pictures (stains, false lines), a part is gone then."""
-        sigma, options = self._little_noise, self._extra_args["model_options"]
+        sigma, options = self._redrawing[0], self._extra_args["model_options"]
         x = self._guider.inner_model.model_sampling.noise_scaling(sigma, noise.clone(), x0, False)
         self._denoiser.noise = noise
         # some patches look up the step in the schedule by its sigma
-        one_step = {**options["transformer_options"], "sample_sigmas": torch.stack([sigma, torch.zeros_like(sigma)])}
+        one_step = {**options["transformer_options"], "sample_sigmas": self._redrawing}
         return self._denoised(x, sigma, model_options={**options, "transformer_options": one_step})
 
     def _denoised(self, x: Tensor, sigma: Tensor, **other_args) -> Tensor:
@@ -394,7 +394,8 @@ class _Loop(comfy.samplers.Sampler):
         student._extra_args = {**extra_args, "denoise_mask": denoise_mask}
         student._denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         student._denoiser.latent_image = latent_image
-        student._little_noise = sigmas.new_tensor(_sigma_of(LITTLE_NOISE, model_wrap.inner_model.model_sampling))
+        little = _sigma_of(LITTLE_NOISE, model_wrap.inner_model.model_sampling)
+        student._redrawing = sigmas.new_tensor([little, 0.0])  # a schedule of one step
         student._full_denoise = student.sampler.max_denoise(model_wrap, sigmas)  # reads from the device
         student._conds = [
             comfy.samplers.process_conds(
