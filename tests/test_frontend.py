@@ -155,3 +155,13 @@ def test_what_the_judge_is_shown_runs_alone(server, client):
         ran = "Object.keys(app.nodeOutputs).map(id => app.graph.getNodeById(id).type)"
         page.wait_for(f"const app = window.comfyAPI.app.app; return {ran}.includes('DualProcessSeenByJudge')", 120)
         assert "DualProcessTrainer" not in page.script(f"return {ran};")
+
+
+def test_a_workflow_saved_after_a_run_has_values_of_inputs_alone(server, client):
+    with FrontEnd(server.url) as page:
+        page.open_template("dual_process", "Teach the horizon with a guide")
+        page.set_widgets("DualProcessTrainer", {"steps": 2, "check_every": 0, "seed": 65})
+        before = {node["id"]: node.get("widgets_values") for node in page.saved()["nodes"]}
+        page.run()
+        after = {node["id"]: node.get("widgets_values") for node in page.saved()["nodes"]}
+    assert after == before

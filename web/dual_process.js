@@ -27,7 +27,17 @@ function addPanel(node, name, height) {
     getMaxHeight: () => height,
   });
   widget.serialize = false;
+  saveNothingAfter(node, widget);
   return element;
+}
+
+// ComfyUI adds the last line as a widget and would save it, behind a gap that a later input of ours would be read from.
+function saveNothingAfter(node, widget) {
+  const original = node.onSerialize;
+  node.onSerialize = function (saved) {
+    original?.apply(this, arguments);
+    saved.widgets_values?.splice(this.widgets.indexOf(widget));
+  };
 }
 
 function curve(points, steps, colour) {
