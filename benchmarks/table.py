@@ -37,6 +37,7 @@ class Table:
         row = {"row": name, "seed": seed, "pictures": len(lesson.after), "steps": len(run.loss), "stopped": run.stopped}
         row |= {"seconds": round(lesson.seconds, 1), "judge": run.checks[-1].scores if run.checks else None}
         row |= {"drift": max((largest_fault(check.changes) for check in run.checks if check.changes), default=None)}
+        row |= {"strangeness": run.checks[-1].changes.get("strangeness") if run.checks else None}
         for about, answer in goals.items():
             row[f"{about} {answer}"] = measured(lesson.before, lesson.after, about, answer)
         row["others"] = {"before": others(lesson.before), "after": others(lesson.after)}

@@ -24,7 +24,7 @@ from dual_process.trainers.dual_process import (
     starts,
     train,
 )
-from dual_process.trainers.guards import warning
+from dual_process.trainers.guards import became, warning
 from dual_process.trainers.looks import HOLDING, UNSEEN_SEEDS, Looks
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
@@ -101,8 +101,11 @@ class GreyStudent:
     def decode(self, x0):
         return x0
 
+    def finished(self, seed, prompt=0):
+        return self.predict(self.noise(seed), 0)
+
     def draw(self, seed, prompt=0):
-        return self.predict(self.noise(seed), 0).clamp(0, 1)
+        return self.finished(seed, prompt).clamp(0, 1)
 
 
 class BrokenGradient(GreyStudent):
@@ -247,9 +250,9 @@ def test_what_each_prompt_has_to_keep_is_its_own():
         def predict(self, x, k):
             return super().predict(x, k) + (0.3 if self.prompt else -0.1)
 
-        def draw(self, seed, prompt=0):
+        def finished(self, seed, prompt=0):
             self.use_prompt(prompt)
-            return super().draw(seed)
+            return super().finished(seed)
 
     class Noted(Objective):
         def of(self, prompt):
@@ -347,7 +350,7 @@ class DimStudent(GreyStudent):
     """Its untaught model makes nothing brighter than 0.4, and cleans it away."""
 
     def redrawn(self, x0, noise):
-        return x0.clamp(max=0.4)
+        return x0.clamp(max=0.4) + 0.1 * noise
 
 
 def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
@@ -359,10 +362,21 @@ def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
     assert 0.05 < held.lora.shift.item() < 0.25 < free.lora.shift.item() / 2
 
 
+def test_people_are_told_when_pictures_are_strange_to_the_model_itself():
+    """Whatever else changes: brighter than 0.4 is what the dim model never draws, the other draws any grey."""
+    settings = {"anchor": 0.0, "prior": 0.0}
+    _, natural, _ = teach(**settings)
+    _, strange, _ = teach(student=DimStudent(), **settings)
+    natural, strange = (run.checks[-1].changes for run in (natural, strange))
+    assert natural["strangeness"] == pytest.approx(1, rel=0.2) and strange["strangeness"] > 2
+    assert "clean" not in became(natural, {})
+    assert became(strange, {}).endswith("as much out of them as out of its own: look for stains and false lines")
+
+
 def test_training_never_sees_the_held_out_seeds():
     student, run, _ = teach(check_seeds=3)
     checks = {s for s in student.seeds if 2**31 <= s < 2**32}
-    assert checks == {2**31, 2**31 + 1, 2**31 + 2}
+    assert checks == {2**31 + i for i in range(6)}, "three to draw, and what is laid over each for strangeness"
     assert all(s >= 2**32 for s in student.seeds if s not in checks)
 
 
@@ -373,7 +387,7 @@ def test_at_the_end_pictures_are_judged_by_which_nothing_was_chosen():
         student, BrightnessJudge(), None, Objective([Question("Is it bright?")]), Settings(check_seeds=3), run
     )
     run.unseen = before, after = looks.unseen()
-    assert student.seeds == [UNSEEN_SEEDS, UNSEEN_SEEDS + 1, UNSEEN_SEEDS + 2] * 2
+    assert student.seeds == [UNSEEN_SEEDS + i for i in range(6)] * 2
     assert len(before.pictures) == len(after.pictures) == 6 and before.step == 0 and after.step == run.checks[-1].step
     with student.lora.disabled():
         drawn = torch.cat([student.draw(UNSEEN_SEEDS + i) for i in range(3)])

@@ -371,13 +371,16 @@ class ComfyStudent:
         return pixels * self._gain + self._offset
 
     @torch.no_grad()
+    def finished(self, seed: int, prompt: int = 0) -> Tensor:
+        """x0 of finished pictures, in the model's latent space: what KSampler would draw for this seed."""
+        self.use_prompt(prompt)
+        x = self.roll(self.noise(seed), self.steps)
+        return self._guider.inner_model.model_sampling.inverse_noise_scaling(self._sigmas[-1], x)
+
+    @torch.no_grad()
     def draw(self, seed: int, prompt: int = 0) -> Tensor:
         """Finished pictures [B, 3, H, W], clamped to 0..1: what KSampler and VAE Decode would show for this seed."""
-        self.use_prompt(prompt)
-        x0 = self._guider.inner_model.model_sampling.inverse_noise_scaling(
-            self._sigmas[-1], self.roll(self.noise(seed), self.steps)
-        )
-        return self.decode(x0).clamp(0, 1)
+        return self.decode(self.finished(seed, prompt)).clamp(0, 1)
 
 
 class _Loop(comfy.samplers.Sampler):

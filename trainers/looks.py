@@ -26,9 +26,11 @@ class Check:
     """A look at the held-out seeds: after which step, mean score [Q], pictures [N, 3, H, W] in 0..1.
 
     ``pictures`` become None once a later look is taken, except those of the first and the best look.
-    ``changes``: how they differ from those of the model without the LoRA, see ``guards.changes``; empty for these.
+    ``changes``: how they differ from those of the model without the LoRA, see ``guards.changes``, and by which factor
+    it takes more out of them again (``strangeness``, see ``guards.STRANGE``); empty for these.
     ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
     ``by_prompt``: mean score [Q] of the pictures of each prompt that was drawn, by its number.
+    ``taken_out``: mean square of what the model without the LoRA takes out of them again, in its latent units.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Check:
     changes: dict[str, float] = field(default_factory=dict)
     second: list[float] = field(default_factory=list)
     by_prompt: dict[int, list[float]] = field(default_factory=dict)
+    taken_out: float = 0.0
 
 
 def percent(scores: list[float]) -> str:
@@ -134,7 +137,8 @@ class Looks:
     def _look(self, step: int, first: int = CHECK_SEEDS, untaught: Check | None = None) -> Check:
         """Draw seeds to the end, from ``first`` on, ask the judges about them and compare them with the same of the
         untaught model; None: these are."""
-        batches = [self.student.draw(first + i, prompt) for i, prompt in enumerate(self._prompts)]
+        latents = [self.student.finished(first + i, prompt) for i, prompt in enumerate(self._prompts)]
+        batches = [self.student.decode(x0).clamp(0, 1) for x0 in latents]
         before = [None] * len(batches)
         if self.objective.compares:
             before = untaught.pictures.to(batches[0]).split(len(batches[0])) if untaught else batches
@@ -144,13 +148,28 @@ class Looks:
             step."""
             return torch.stack([self.objective(judge, *pair)[1].mean(dim=0) for pair in zip(batches, before)])
 
-        pictures = torch.cat(batches).cpu()
-        changed = changes(untaught.pictures, pictures) if untaught else {}
+        pictures, changed = torch.cat(batches).cpu(), {}
+        taken_out = self._taken_out(latents, first)
+        if untaught:
+            changed = {
+                **changes(untaught.pictures, pictures),
+                "strangeness": taken_out / max(untaught.taken_out, 1e-12),
+            }
         second = [] if self.second is None else answers(self.second).mean(dim=0).tolist()
         found = answers(self.judge).cpu()
         numbers = torch.tensor(self._prompts)
         by_prompt = {prompt: found[numbers == prompt].mean(dim=0).tolist() for prompt in set(self._prompts)}
-        return Check(step, found.mean(dim=0).tolist(), pictures, changed, second, by_prompt)
+        return Check(step, found.mean(dim=0).tolist(), pictures, changed, second, by_prompt, taken_out)
+
+    def _taken_out(self, latents: list[Tensor], first: int) -> float:
+        """Mean square of what the model without the LoRA takes out of finished pictures, one prompt's after the other,
+        of the seeds from ``first`` on."""
+        gone = []
+        with self.student.lora.disabled():
+            for i, (x0, prompt) in enumerate(zip(latents, self._prompts)):
+                self.student.use_prompt(prompt)
+                gone.append((x0 - self.student.redrawn(x0, self.student.noise(first + len(latents) + i))).square())
+        return torch.cat(gone).mean().item()
 
     @property
     def _prompts(self) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..vlm.question import TEACH
 from .dual_process import Run
-from .guards import NOTICEABLE, RELATIVE, became, faults
+from .guards import NOTICEABLE, RELATIVE, STRANGE, became, faults
 from .looks import CHECK_SEEDS
 from .sheet import GAP, INK, PAPER, font, grid, to_image
 
@@ -222,8 +222,12 @@ def _changes(report: Report) -> str:
             f"<tr{mark}><td>{measure}</td><td class='number'>{change:+.1%}</td>"
             f"<td class='bar'><i style='{side}'></i></td><td>{unit}</td><td>{words}</td></tr>"
         )
+    strange = (
+        f"<p>Given a little noise, the model without the LoRA cleans {found['strangeness']:.1f} times as much out of "
+        f"these pictures as out of its own; more than {STRANGE:g} times is a sign of stains and false lines.</p>"
+    )
     moved = f"<p>A pixel differs by {found['distance']:.1%} on average.</p>" if "distance" in found else ""
-    return f"<table>{''.join(rows)}</table>{moved}"
+    return f"<table>{''.join(rows)}</table>{strange}{moved}"
 
 
 def _settings(report: Report) -> str:
