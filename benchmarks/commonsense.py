@@ -30,7 +30,7 @@ from dual_process.demo.measure import share
 from dual_process.tiny.oracles import holds
 from dual_process.tiny.questions import KEEP_QUESTION
 from dual_process.tiny.scenes import SIDE
-from dual_process.trainers.guards import NOTICEABLE, changes, warning
+from dual_process.trainers.guards import became, changes
 from dual_process.trainers.objective import Objective
 from dual_process.vlm.answers import log_odds
 from dual_process.vlm.loading import load_judge
@@ -111,9 +111,11 @@ def _answers(judge, pictures: Tensor, asked: Question) -> Tensor:
 def told(lesson: Lesson) -> dict:
     """How the LoRA came to be, and what became of the pictures apart from the answer."""
     found = changes(lesson.before, lesson.after)
+    if (kept := lesson.run.checks[-1]).step:
+        found["strangeness"] = kept.changes["strangeness"]
     return {
         **{"steps": len(lesson.run.loss), "stopped": lesson.run.stopped, "seconds": round(lesson.seconds, 1)},
-        **{"changes": found, "warning": warning(found, NOTICEABLE)},
+        **{"changes": found, "warning": became(found, {})},
     }
 
 
