@@ -370,7 +370,7 @@ def test_people_are_told_when_pictures_are_strange_to_the_model_itself():
     natural, strange = (run.checks[-1].changes for run in (natural, strange))
     assert natural["strangeness"] == pytest.approx(1, rel=0.2) and strange["strangeness"] > 2
     assert "clean" not in became(natural, {})
-    assert became(strange, {}).endswith("as much out of them as out of its own: look for stains and false lines")
+    assert became(strange, {}).endswith("out of the pictures as out of its own: look for stains and false lines")
 
 
 def test_training_never_sees_the_held_out_seeds():

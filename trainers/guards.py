@@ -87,8 +87,8 @@ def became(now: dict[str, float], first: dict[str, float]) -> str:
     said = [f"Pictures got {words}" + (", compared with the model without the LoRA" if first else "")] if words else []
     if now.get("strangeness", 0) > STRANGE:
         said.append(
-            f"The model without the LoRA would clean {now['strangeness']:.1f} times as much out of them as out of its "
-            "own: look for stains and false lines"
+            f"The untaught model cleans {now['strangeness']:.1f} times as much out of the pictures as out of its own: "
+            "look for stains and false lines"
         )
     return ". ".join(said)
 
