@@ -14,7 +14,7 @@ RELATIVE = {"luminance": 0.05, "saturation": 0.05, "edge_density": 0.005, "colou
 NOTICEABLE = 0.15  # changes from here on are put into words for people
 # Stains and false lines change none of these measures much, but the model itself knows that it would not have drawn
 # them. Where it takes so many times as much out of pictures as out of its own (``ComfyStudent.redrawn``), people are
-# told. LoRAs that were clean had 1.2 to 1.9, dirty ones 2.1 to 11 (docs/measured.md).
+# told. LoRAs that were clean had 1.2 to 1.9, dirty ones 2.1 to 13 (docs/measured.md).
 STRANGE = 2.0
 WORDS = {
     "luminance": ("darker", "brighter"),
