@@ -110,12 +110,11 @@ def _answers(judge, pictures: Tensor, asked: Question) -> Tensor:
 
 def told(lesson: Lesson) -> dict:
     """How the LoRA came to be, and what became of the pictures apart from the answer."""
-    found = changes(lesson.before, lesson.after)
-    if (kept := lesson.run.checks[-1]).step:
-        found["strangeness"] = kept.changes["strangeness"]
+    found, looked = changes(lesson.before, lesson.after), lesson.run.checks[-1].changes
+    strangeness = {"strangeness": looked["strangeness"]} if "strangeness" in looked else {}
     return {
         **{"steps": len(lesson.run.loss), "stopped": lesson.run.stopped, "seconds": round(lesson.seconds, 1)},
-        **{"changes": found, "warning": became(found, {})},
+        **{"changes": found, **strangeness, "warning": became({**found, **strangeness}, {})},
     }
 
 

@@ -281,9 +281,10 @@ class Progress:
             return
         name = path.relative_to(loras_folder()).as_posix()
         best = f"LoRA of step {run.checks[-1].step}, the best{'' if self.over else ' so far'}, is saved as {name}"
+        changed = became(run.checks[-1].changes, run.checks[0].changes)
         self.say(
             f"{'Stopped after training' if self.over else 'Stopped early'}. The {best}. To go on from it, press R and "
-            f"choose it in continue_from. {self.warned}"
+            f"choose it in continue_from. {changed and f'{changed}. '}{self.warned}"
         )
 
     def end(self, run: Run, reminder: str) -> str:

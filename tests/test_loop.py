@@ -24,7 +24,7 @@ from dual_process.trainers.dual_process import (
     starts,
     train,
 )
-from dual_process.trainers.guards import became, warning
+from dual_process.trainers.guards import WORDS, became, warning
 from dual_process.trainers.looks import HOLDING, UNSEEN_SEEDS, Looks
 from dual_process.trainers.objective import LIKELIHOOD, MARGIN, TARGET, Objective
 from dual_process.vlm.judge import Judge
@@ -350,7 +350,7 @@ class DimStudent(GreyStudent):
     """Its untaught model makes nothing brighter than 0.4, and cleans it away."""
 
     def redrawn(self, x0, noise):
-        return x0.clamp(max=0.4) + 0.1 * noise
+        return x0.clamp(max=0.4)
 
 
 def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
@@ -362,15 +362,45 @@ def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
     assert 0.05 < held.lora.shift.item() < 0.25 < free.lora.shift.item() / 2
 
 
-def test_people_are_told_when_pictures_are_strange_to_the_model_itself():
-    """Whatever else changes: brighter than 0.4 is what the dim model never draws, the other draws any grey."""
-    settings = {"anchor": 0.0, "prior": 0.0}
-    _, natural, _ = teach(**settings)
-    _, strange, _ = teach(student=DimStudent(), **settings)
-    natural, strange = (run.checks[-1].changes for run in (natural, strange))
-    assert natural["strangeness"] == pytest.approx(1, rel=0.2) and strange["strangeness"] > 2
-    assert "clean" not in became(natural, {})
-    assert became(strange, {}).endswith("out of the pictures as out of its own: look for stains and false lines")
+class PalingStudent(GreyStudent):
+    """Its untaught model makes pictures a tenth darker, and those of its second prompt a half."""
+
+    prompts = 2
+
+    def use_prompt(self, index):
+        self.prompt = index
+
+    def finished(self, seed, prompt=0):
+        self.use_prompt(prompt)
+        return super().finished(seed)
+
+    def redrawn(self, x0, noise):
+        assert not self.lora.on
+        return x0 * (0.5 if self.prompt else 0.9)
+
+
+def test_strangeness_is_how_many_times_as_much_the_untaught_model_takes_out():
+    """Of each prompt as that prompt would have it; mean squares of 0.1 and 0.5 of a picture, against those before."""
+    _, run, _ = teach(student=PalingStudent(), check_seeds=4, anchor=0.0, prior=0.0, steps=20)
+    before, after = run.checks[0], run.checks[-1]
+    for check in (before, after):
+        first, second = (check.pictures[i::4].square().mean().item() for i in (0, 2))
+        assert check.taken_out == pytest.approx((0.01 * first + 0.25 * second) / 2, rel=0.05)
+    assert after.changes["strangeness"] == after.taken_out / before.taken_out > 1.5
+
+
+def test_without_anything_of_its_own_to_take_out_nothing_is_said_of_strangeness():
+    _, run, _ = teach(student=DimStudent(), anchor=0.0, prior=0.0)
+    assert run.checks[-1].taken_out > 0 and "strangeness" not in run.checks[-1].changes
+
+
+def test_people_are_told_of_dirty_pictures_whatever_else_changed():
+    calm = dict.fromkeys(WORDS, 0.0)
+    dirty = "the pictures look 11.2 times as dirty as its own: look for stains and false lines"
+    dirty = f"To the model without the LoRA {dirty}"
+    assert became({**calm, "strangeness": 1.9}, {}) == became(calm, {}) == ""
+    assert became({**calm, "strangeness": 11.2}, {}) == dirty
+    assert became({**calm, "strangeness": 11.2, "saturation": -0.3}, {}) == f"Pictures got 30% greyer. {dirty}"
 
 
 def test_training_never_sees_the_held_out_seeds():

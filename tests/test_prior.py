@@ -39,19 +39,17 @@ def test_stains_are_pulled_out_and_other_scenes_are_not(student):
     assert abs(scene) < 0.02 and stain > 0.4
 
 
-@pytest.mark.parametrize("size, strange", [(0.0, False), (0.1, True)])
-def test_pictures_of_a_ruined_lora_are_strange_to_the_model(student, size, strange):
-    """The same measure without a LoRA is exactly 1, with one of random numbers far above what people are told of."""
+def test_pictures_of_a_ruined_lora_are_strange_to_the_model(student):
+    """Far above what people are told of, where the LoRA is one of random numbers."""
     looks = Looks(student, None, None, None, Settings(check_seeds=1), None)
 
     def loop() -> float:
         with torch.no_grad():
             for parameter in student.lora.parameters():
-                parameter.normal_(0, size, generator=torch.Generator().manual_seed(0))
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
         own, taught = [], [student.finished(3)]
         with student.lora.disabled():
             own.append(student.finished(3))
         return looks._taken_out(taught, 3) / looks._taken_out(own, 3)
 
-    strangeness = student.run(loop, beside=[])
-    assert strangeness > 1.5 * STRANGE if strange else strangeness == 1
+    assert student.run(loop, beside=[]) > 1.5 * STRANGE

@@ -139,6 +139,18 @@ def test_what_changed_is_said_in_plain_words(told):
     assert text.count("18% greyer") == 3 and "busier" not in text and "more different" not in text
 
 
+def test_how_dirty_pictures_look_to_the_model_itself_is_told(told):
+    from dual_process.trainers.report import Report, page
+
+    run, report = told()
+    strangeness = report.story["held_out_pictures_changed"]["strangeness"]
+    assert strangeness == run.checks[-1].changes["strangeness"] > 0
+    assert f"look {strangeness:.1f} times as dirty as its own (by what" in Page(page(report)).text
+    run.checks[-1].changes["strangeness"] = 11.2
+    text = Page(page(Report(run, report.header))).text
+    assert text.count("look 11.2 times as dirty") == 3
+
+
 def test_pictures_between_are_not_kept(told):
     run, report = told(check_seeds=2)
     assert len(report.checks) == 4 and all(check.pictures is None for check in report.checks)

@@ -14,8 +14,9 @@ RELATIVE = {"luminance": 0.05, "saturation": 0.05, "edge_density": 0.005, "colou
 NOTICEABLE = 0.15  # changes from here on are put into words for people
 # Stains and false lines change none of these measures much, but the model itself knows that it would not have drawn
 # them. Where it takes so many times as much out of pictures as out of its own (``ComfyStudent.redrawn``), people are
-# told. LoRAs that were clean had 1.2 to 1.9, dirty ones 2.1 to 13 (docs/measured.md).
-STRANGE = 2.0
+# told: ruined LoRAs that nothing else gave away had 11 and more, clean ones up to 1.9, which with four pictures may
+# pass for 2.4 (docs/measured.md).
+STRANGE = 3.0
 WORDS = {
     "luminance": ("darker", "brighter"),
     "saturation": ("greyer", "more colourful"),
@@ -87,8 +88,8 @@ def became(now: dict[str, float], first: dict[str, float]) -> str:
     said = [f"Pictures got {words}" + (", compared with the model without the LoRA" if first else "")] if words else []
     if now.get("strangeness", 0) > STRANGE:
         said.append(
-            f"The untaught model cleans {now['strangeness']:.1f} times as much out of the pictures as out of its own: "
-            "look for stains and false lines"
+            f"To the model without the LoRA the pictures look {now['strangeness']:.1f} times as dirty as its own: look "
+            "for stains and false lines"
         )
     return ". ".join(said)
 

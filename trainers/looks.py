@@ -27,7 +27,8 @@ class Check:
 
     ``pictures`` become None once a later look is taken, except those of the first and the best look.
     ``changes``: how they differ from those of the model without the LoRA, see ``guards.changes``, and by which factor
-    it takes more out of them again (``strangeness``, see ``guards.STRANGE``); empty for these.
+    it takes more out of them again (``strangeness``, see ``guards.STRANGE``), unless it takes nothing out of its own;
+    empty for these.
     ``second``: mean score [Q] that the second judge gives the same pictures; empty without one.
     ``by_prompt``: mean score [Q] of the pictures of each prompt that was drawn, by its number.
     ``taken_out``: mean square of what the model without the LoRA takes out of them again, in its latent units.
@@ -151,10 +152,9 @@ class Looks:
         pictures, changed = torch.cat(batches).cpu(), {}
         taken_out = self._taken_out(latents, first)
         if untaught:
-            changed = {
-                **changes(untaught.pictures, pictures),
-                "strangeness": taken_out / max(untaught.taken_out, 1e-12),
-            }
+            changed = changes(untaught.pictures, pictures)
+            if untaught.taken_out:
+                changed["strangeness"] = taken_out / untaught.taken_out
         second = [] if self.second is None else answers(self.second).mean(dim=0).tolist()
         found = answers(self.judge).cpu()
         numbers = torch.tensor(self._prompts)

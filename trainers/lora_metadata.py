@@ -141,7 +141,8 @@ def _story(
         "second_judge_scores_after": run.checks[-1].second,
         "held_out_pictures_changed": run.checks[-1].changes,
         "unseen": [
-            {"pictures": len(one.pictures), "scores": one.scores, "second": one.second} for one in run.unseen or ()
+            {"pictures": len(one.pictures), "scores": one.scores, "second": one.second, "changes": one.changes}
+            for one in run.unseen or ()
         ],
     }
 

@@ -150,7 +150,7 @@ def page(report: Report) -> str:
         f"<section><h2>What was asked</h2>{_questions(report)}</section>",
         f"<section><h2>Wanted answer{'s' if several else ''}, step by step</h2>{looks}{_legend(report)}</section>",
         f"<section><h2>Loss</h2>{losses}</section>" if report.loss else "",
-        f"<section><h2>What else changed</h2><p>{escape(report.changed())} Measured in the pixels, with no judge "
+        f"<section><h2>What else changed</h2><p>{escape(report.changed())} No judge was "
         f"asked.</p>{_changes(report)}</section>",
         f"<section><h2>Settings</h2>{_settings(report)}</section>",
         f"<section><h2>How to do it again</h2>{AGAIN}</section>",
@@ -222,10 +222,13 @@ def _changes(report: Report) -> str:
             f"<tr{mark}><td>{measure}</td><td class='number'>{change:+.1%}</td>"
             f"<td class='bar'><i style='{side}'></i></td><td>{unit}</td><td>{words}</td></tr>"
         )
-    strange = (
-        f"<p>Given a little noise, the model without the LoRA cleans {found['strangeness']:.1f} times as much out of "
-        f"these pictures as out of its own; more than {STRANGE:g} times is a sign of stains and false lines.</p>"
-    )
+    strange = ""
+    if times := found.get("strangeness"):
+        mark = " class='bad'" if times > STRANGE else ""
+        strange = (
+            f"<p{mark}>To the model without the LoRA these pictures look {times:.1f} times as dirty as its own (by "
+            f"what it cleans out of them, given a little noise); above {STRANGE:g}, look for stains and false lines.</p>"
+        )
     moved = f"<p>A pixel differs by {found['distance']:.1%} on average.</p>" if "distance" in found else ""
     return f"<table>{''.join(rows)}</table>{strange}{moved}"
 

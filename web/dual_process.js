@@ -36,7 +36,8 @@ function saveNothingAfter(node, widget) {
   const original = node.onSerialize;
   node.onSerialize = function (saved) {
     original?.apply(this, arguments);
-    saved.widgets_values?.splice(this.widgets.indexOf(widget));
+    const inputs = this.widgets.indexOf(widget);
+    if (inputs >= 0) saved.widgets_values?.splice(inputs);
   };
 }
 
