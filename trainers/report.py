@@ -227,7 +227,8 @@ def _changes(report: Report) -> str:
         mark = " class='bad'" if times > STRANGE else ""
         strange = (
             f"<p{mark}>To the model without the LoRA these pictures look {times:.1f} times as dirty as its own (by "
-            f"what it cleans out of them, given a little noise); above {STRANGE:g}, look for stains and false lines.</p>"
+            "what it cleans out of them, given a little noise); "
+            f"above {STRANGE:g}, look for stains and false lines.</p>"
         )
     moved = f"<p>A pixel differs by {found['distance']:.1%} on average.</p>" if "distance" in found else ""
     return f"<table>{''.join(rows)}</table>{strange}{moved}"
