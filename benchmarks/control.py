@@ -101,9 +101,9 @@ def main() -> None:
 
 def summary(rows: list[dict]) -> str:
     """Markdown: one line per row's name, mean over training seeds and the worst of them; guards are the largest change
-    of luminance, saturation, edges, colour entropy of any seed, drift is the largest of any look, where it is known.
-    Rows of guides have a table of their own."""
-    columns = "taught, has it, worst seed, clean, largest guard change, diversity, drift of looks, steps".split(", ")
+    of luminance, saturation, edges, colour entropy of any seed, drift is the largest of any look, strangeness that of
+    any kept LoRA, where they are known. Rows of guides have a table of their own."""
+    columns = "taught, has it, worst seed, clean, largest guard change, diversity, drift of looks, strangeness, steps"
     lines = []
     for name in dict.fromkeys(row["row"] for row in rows):
         seeds = [row for row in rows if row["row"] == name]
@@ -113,11 +113,11 @@ def summary(rows: list[dict]) -> str:
         oracle, clean = ([one[key] for one in found] for key in ("oracle", "readable"))
         changed = largest_change([one["changes"] for one in found])
         diversity = min(one["changes"]["diversity"] for one in found)
-        drifts = [row["drift"] for row in seeds if row.get("drift") is not None]
-        drift = f"{max(drifts):.0%}" if drifts else "-"
+        drift, strange = ([row[key] for row in seeds if row.get(key) is not None] for key in ("drift", "strangeness"))
+        most = [f"{max(drift):.0%}" if drift else "-", f"{max(strange):.1f}" if strange else "-"]
         has = [f"{mean(oracle):.1%}", f"{min(oracle):.1%}", f"{mean(clean):.1%}"]
-        lines.append([name, *has, changed, f"{diversity:+.0%}", drift, f"{mean(row['steps'] for row in seeds):.0f}"])
-    return table_of(columns, lines)
+        lines.append([name, *has, changed, f"{diversity:+.0%}", *most, f"{mean(row['steps'] for row in seeds):.0f}"])
+    return table_of(columns.split(", "), lines)
 
 
 def slider(laboratory: Laboratory, lesson: Lesson, about: str) -> dict:

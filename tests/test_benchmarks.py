@@ -242,8 +242,8 @@ def test_rows_without_a_look_or_from_an_earlier_file_are_summed_up():
 
     found = {"oracle": 1.0, "readable": 0.5, "changes": dict.fromkeys((*DRIFT_METRICS, "diversity"), 0.0)}
     rows = [{"row": "taught", "seed": seed, "steps": 10, "horizon Yes": found} for seed in range(3)]
-    rows[1]["drift"], rows[2]["drift"] = 0.2, None
-    assert summary(rows).endswith("| +0% | 20% | 10 |") and summary(rows[:1]).endswith("| +0% | - | 10 |")
+    rows[1]["drift"], rows[2]["drift"], rows[2]["strangeness"] = 0.2, None, 2.1
+    assert summary(rows).endswith("| +0% | 20% | 2.1 | 10 |") and summary(rows[:1]).endswith("| +0% | - | - | 10 |")
 
 
 def test_what_else_moved_is_counted_among_the_clean_pictures():
