@@ -49,30 +49,29 @@ def fail(text: str) -> None:
 
 
 class Environment:
-    """A virtual environment in the repository that fits one ComfyUI tree."""
+    """A virtual environment in the repository that fits one ComfyUI tree; empty at first."""
 
-    def __init__(self, folder: Path, comfyui_requirements: list[str]):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.requirements = comfyui_requirements
         self.stamp = folder / "dual_process_dev.stamp"
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if not self.python.is_file():
+            say(f"making {folder.name}")
+            venv.create(folder, with_pip=True)
 
-    def prepare(self) -> None:
-        """Make the environment and install into it, unless the same inputs were installed before."""
-        wanted = self._fingerprint()
+    def install(self, requirements: list[str]) -> None:
+        """Install these of ComfyUI's and what developing needs, unless the same was installed before."""
+        wanted = self._fingerprint(requirements)
         if self.stamp.is_file() and self.stamp.read_text() == wanted:
             return
-        if not self.python.is_file():
-            say(f"making {self.folder.name}")
-            venv.create(self.folder, with_pip=True)
         say(f"installing into {self.folder.name} (the first time takes minutes)")
         with tempfile.TemporaryDirectory() as scratch:
             listed = Path(scratch) / "comfyui.txt"
-            listed.write_text("\n".join(self.requirements) + "\n")
+            listed.write_text("\n".join(requirements) + "\n")
             self.pip("install", "-r", str(ROOT / "requirements-dev.txt"), "-r", str(listed))
         self.pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
         self._mend_torchvision()
-        if any(requirement_name(line) == "comfy-kitchen" for line in self.requirements):
+        if any(requirement_name(line) == "comfy-kitchen" for line in requirements):
             self._provide_torchaudio()
         self.stamp.write_text(wanted)
 
@@ -95,8 +94,8 @@ class Environment:
             except KeyboardInterrupt:
                 continue  # the child received it too and is putting things away
 
-    def _fingerprint(self) -> str:
-        parts = [sys.version, *self.requirements]
+    def _fingerprint(self, requirements: list[str]) -> str:
+        parts = [sys.version, *requirements]
         parts += [(ROOT / name).read_text() for name in ("requirements-dev.txt", "pyproject.toml", "dev.py")]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -183,19 +182,13 @@ def unpack_comfyui(python: Path) -> Path:
 
 def prepare() -> tuple[Environment, Path]:
     """The environment and the ComfyUI folder that every command runs with, made when missing."""
-    comfyui = user_comfyui()
+    comfyui, name = user_comfyui(), ".venv"
     if comfyui:
         version = re.search(r'"(.+)"', (comfyui / "comfyui_version.py").read_text()).group(1)
-        environment = Environment(ROOT / f".venv-{version}", comfyui_requirements(comfyui))
-    else:
-        folder = ROOT / ".venv"
-        python = Environment(folder, []).python
-        if not python.is_file():
-            say(f"making {folder.name}")
-            venv.create(folder, with_pip=True)
-        comfyui = unpack_comfyui(python)
-        environment = Environment(folder, comfyui_requirements(comfyui))
-    environment.prepare()
+        name = f".venv-{version}"
+    environment = Environment(ROOT / name)
+    comfyui = comfyui or unpack_comfyui(environment.python)
+    environment.install(comfyui_requirements(comfyui))
     return environment, comfyui
 
 

@@ -38,8 +38,7 @@ def test_unknown_benchmark():
 
 def test_nothing_is_written_into_the_users_comfyui(tmp_path):
     (tmp_path / "server.py").touch()
-    environment = dev.Environment(tmp_path / "venv", [])
-    environment.python = Path(sys.executable)
+    environment = dev.Environment(Path(sys.prefix))
     before = signal.getsignal(signal.SIGTERM)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import server"
     assert environment.run(["-c", code], tmp_path) == 0
