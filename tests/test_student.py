@@ -414,6 +414,21 @@ def test_redrawn_is_what_a_sampler_of_one_step_makes_of_the_picture(lab, name):
     assert torch.allclose(redrawn, sampled, atol=1e-4 * sampled.abs().max())
 
 
+def test_redrawn_leaves_what_a_mask_protects(lab):
+    """As a draw with that mask does, so that the prior holds the other part of the picture only."""
+    mask = torch.zeros(1, 64, 64)
+    mask[..., 32:] = 1
+    student = lab.build_student("SD3", latent={**lab.build_latent("SD3"), "noise_mask": mask})
+
+    def loop():
+        x0 = student.finished(3)
+        return (student.redrawn(x0, student.noise(4)) - x0).abs()
+
+    changed = student.run(loop, beside=[])
+    left, right = changed[..., :4], changed[..., 4:]
+    assert left.max() < 1e-5 and right.mean() > 1e-2
+
+
 def test_a_prediction_costs_the_same_after_a_draw(lab):
     """CFG++ samplers turn off, in the arguments they are given, ComfyUI's skipping of the negative prompt at cfg 1."""
     import comfy.samplers
