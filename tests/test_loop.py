@@ -398,7 +398,7 @@ def test_people_are_told_of_dirty_pictures_whatever_else_changed():
     calm = dict.fromkeys(WORDS, 0.0)
     dirty = "the pictures look 11.2 times as dirty as its own: look for stains and false lines"
     dirty = f"To the model without the LoRA {dirty}"
-    assert became({**calm, "strangeness": 1.9}, {}) == became(calm, {}) == ""
+    assert became({**calm, "strangeness": 4.7}, {}) == became(calm, {}) == ""
     assert became({**calm, "strangeness": 11.2}, {}) == dirty
     assert became({**calm, "strangeness": 11.2, "saturation": -0.3}, {}) == f"Pictures got 30% greyer. {dirty}"
 
