@@ -14,7 +14,8 @@ RELATIVE = {"luminance": 0.05, "saturation": 0.05, "edge_density": 0.005, "colou
 NOTICEABLE = 0.15  # changes from here on are put into words for people
 # Stains and false lines change none of these measures much, but the model itself knows that it would not have drawn
 # them. Where it takes so many times as much out of pictures as out of its own (``ComfyStudent.redrawn``), people are
-# told: ruined LoRAs had 6.4 and more, clean ones up to 1.9, and up to 4.7 where all colours change (docs/measured.md).
+# told: LoRAs ruined without the prior had 6.4 and more, clean ones up to 1.9, or 4.7 where all colours change
+# (docs/measured.md).
 STRANGE = 5.0
 WORDS = {
     "luminance": ("darker", "brighter"),
