@@ -4,12 +4,12 @@
 
 Students and judges have the published shapes and random weights, made on the GPU: FLUX schnell (12 B, bf16 and fp8)
 and SDXL, each with its own VAE's shape; Qwen2.5-VL of 7 B and 3 B and SmolVLM of 2 B, in bf16 and, where bitsandbytes
-is installed, in 4 bits; 512 and 1024 px, three questions. ``default`` is the trainer's own step, with anchor and prior,
-and recomputes what the trainer chooses for the memory that is free (``chosen``); ``checkpointed`` recomputes everything
-and ``plain`` nothing, without both. Ratios are ours over the published way, of memory beyond what was held before the
-step; ``whole_peak_mb`` is with the weights. What does not fit into the GPU's memory says so; where model and judge take
-turns, ``moving_seconds`` are what bringing each took, once a step. ``--tiny`` runs the same code on tiny models, on a
-CPU too.
+is installed, in 4 bits; 512 and 1024 px, three questions. ``default`` are the trainer's own steps, some with anchor and
+prior, which recompute what the trainer chooses for the memory that is free (``chosen``); ``checkpointed`` recomputes
+everything and ``plain`` nothing, without both. Peak and shares are of the first step, which has both. Ratios are ours
+over the published way, of memory beyond what was held before the step; ``whole_peak_mb`` is with the weights. What does
+not fit into the GPU's memory says so; where model and judge take turns, ``moving_seconds`` are what bringing each took,
+once a step. ``--tiny`` runs the same code on tiny models, on a CPU too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import nn
 from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pair, smol_judge, start_comfyui
 from dual_process.benchmarks.ways import DEFAULT, Ours, Published, machine, report
+from dual_process.trainers.dual_process import HELD_EVERY
 from dual_process.trainers.live_memory import LiveMemory
 from dual_process.vlm.memory import out_of_memory
 
@@ -164,8 +165,8 @@ class Gauge:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def seconds(self, way: Ours, seed: int) -> float:
-        """Of one step."""
+    def seconds(self, way: Ours, step: int) -> float:
+        """Of step number ``step``."""
         taken = []
 
         @contextmanager
@@ -176,7 +177,7 @@ class Gauge:
             self.wait()
             taken.append(time.perf_counter() - start)
 
-        way.run(seed, measured)
+        way.run(step, measured, step=step)
         return taken[0]
 
     def shares(self, way: Ours, seed: int) -> dict[str, float]:
@@ -219,10 +220,10 @@ def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
 
     try:
         way = make()
-        gauge.seconds(way, 0)
+        gauge.seconds(way, 1)
         steps = [gauge.seconds(way, 1 + i) for i in range(repeats)]
         found = {
-            "steps_per_second": 1 / statistics.median(steps),
+            "steps_per_second": 1 / statistics.fmean(steps),
             **gauge.peaks_mb(way, 1),
             "shares": gauge.shares(way, 1),
         }
@@ -303,7 +304,7 @@ def judges(builders: dict[str, Callable], device: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--repeats", type=int, default=5, help="steps; medians are reported")
+    parser.add_argument("--repeats", type=int, default=2 * HELD_EVERY, help="steps; means are reported")
     parser.add_argument("--tiny", action="store_true", help="tiny models instead, to try the code without a GPU")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

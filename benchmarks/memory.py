@@ -7,8 +7,8 @@ numbers neither depend on the machine nor on its allocator; scratch space inside
 questions; the pairs are those of ``bench step``. The LoRA's gradients are in, its optimiser's state is not (it is the
 same in every way, and made by the first step).
 
-The ways are those of ``bench step``; ``..._predicted_over_measured`` compares with what the trainer foresees before the
-first step, from one pass in which everything is recomputed.
+The ways are those of ``bench step``, ``default`` with anchor and prior; ``..._predicted_over_measured`` compares with
+what the trainer foresees before the first step, from one pass in which everything is recomputed.
 """
 
 from __future__ import annotations

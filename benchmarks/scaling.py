@@ -3,8 +3,9 @@
     python3 dev.py bench scaling --json scaling.json --plot scaling.png
 
 One size is varied at a time, on a random FLUX of width 256 and a random judge of SmolVLM's form, with every block
-recomputed, the trainer's anchor and prior, and one question. Reported is the exponent e of cost ~ size^e, fitted over
-all sizes, of CPU seconds (medians of steps taken in turn) and of the peak of live tensors beyond the weights.
+recomputed, one question, and steps that have the trainer's anchor and prior. Reported is the exponent e of cost ~
+size^e, fitted over all sizes, of CPU seconds (medians of steps taken in turn) and of the peak of live tensors beyond
+the weights.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dual_process.benchmarks.pairs import Pair
-from dual_process.trainers.dual_process import Settings, one_pass
+from dual_process.trainers.dual_process import HELD_EVERY, Settings, one_pass
 from dual_process.trainers.live_memory import LiveMemory
 from dual_process.trainers.memory_plan import MemoryPlan, plan_memory
 from dual_process.vlm.plain import extended, repeated
@@ -35,7 +35,7 @@ class Ours:
         pair: student and judge.
         questions: how many are asked.
         checkpointed: recompute all blocks of generator, VAE and judge in backward; ``settle`` may choose otherwise.
-        settings: with or without anchor and prior.
+        settings: with or without anchor and prior, which come in some of the steps, see ``Settings.at``.
     Attributes:
         plan: what ``settle`` chose, None before.
         apart: whether it chose to take turns.
@@ -48,8 +48,10 @@ class Ours:
         self.plan: MemoryPlan | None = None
         self.apart = False
 
-    def run(self, seed: int, measured=nullcontext, entered: Callable[[str], None] = lambda phase: None) -> None:
-        """Take a step; ComfyUI's preparation around it stays outside of the context ``measured()``.
+    def run(
+        self, seed: int, measured=nullcontext, entered: Callable[[str], None] = lambda phase: None, step: int = 1
+    ) -> None:
+        """Take step number ``step``; ComfyUI's preparation around it stays outside of the context ``measured()``.
 
         ``entered`` is told the name of every phase as it begins.
         """
@@ -64,7 +66,7 @@ class Ours:
             with measured():
                 entered("rollout")
                 noise = student.noise(seed)
-                self.learn(student, judge, noise, student.roll(noise, K), seed)
+                self.learn(student, judge, noise, student.roll(noise, K), seed, step)
                 entered("optimiser")
                 torch.nn.utils.clip_grad_norm_(student.lora.parameters(), self.settings.clip)
                 self.optimizer.step()
@@ -90,10 +92,10 @@ class Ours:
         self.student.run(choose, beside=[self.judge.patcher])
         return self.plan
 
-    def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int) -> None:
+    def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int, step: int) -> None:
         """Add the loss's gradient to the LoRA's, from ``x`` at σ_K."""
         rng = torch.Generator().manual_seed(seed)
-        one_pass(student, judge, self.objective, self.settings, rng, noise, x, K)
+        one_pass(student, judge, self.objective, self.settings.at(step), rng, noise, x, K)
 
 
 class Published(Ours):
@@ -104,7 +106,7 @@ class Published(Ours):
     def __init__(self, pair: Pair, questions: int):
         super().__init__(pair, questions, checkpointed=False)
 
-    def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int) -> None:
+    def learn(self, student, judge, noise: Tensor, x: Tensor, seed: int, step: int) -> None:
         if student.takes_turns:
             raise torch.OutOfMemoryError("one graph through everything needs everything at once")
         image = student.decode(student.predict(x, K))
@@ -277,12 +279,13 @@ def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, dict[str, 
     return {name: dict(zip(("seconds", "cpu_seconds"), both)) for name, both in medians.items()}
 
 
-def outside_torch(way: Ours, repeats: int = 3) -> float:
-    """Share of a step's time, 0..1, in neither a torch operator nor the preparation of pictures for the judge; median.
+def outside_torch(way: Ours) -> float:
+    """Share of the time of ``HELD_EVERY`` steps, 0..1, in neither a torch operator nor the preparation of pictures for
+    the judge.
 
     The profiler's own time is in it.
     """
-    shares = []
+    taken = []
 
     @contextmanager
     def measured() -> Iterator[None]:
@@ -290,16 +293,17 @@ def outside_torch(way: Ours, repeats: int = 3) -> float:
             start = time.perf_counter()
             yield
             seconds = time.perf_counter() - start
-        shares.append(1 - sum(event.self_cpu_time_total for event in found.key_averages()) / 1e6 / seconds)
+        taken.append((sum(event.self_cpu_time_total for event in found.key_averages()) / 1e6, seconds))
 
     inputs = way.judge.judge.prompts.inputs
     inputs.pixels = record_function("preparation of pictures")(inputs.pixels)
     try:
-        for _ in range(1 + repeats):
-            way.run(0, measured)
+        for step in range(1 + HELD_EVERY):  # the first warms up
+            way.run(0, measured, step=step)
     finally:
         del inputs.pixels
-    return statistics.median(shares[1:])
+    in_torch, seconds = map(sum, zip(*taken[1:]))
+    return 1 - in_torch / seconds
 
 
 def machine() -> dict[str, object]:

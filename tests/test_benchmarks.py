@@ -30,7 +30,13 @@ def test_step(pair):
     from dual_process.benchmarks.step import compare
 
     found = compare(pair, repeats=1)
-    assert set(found["steps"]) > {"ideal", "plain", "default", "published, three questions"}
+    assert set(found["steps"]) > {
+        "ideal",
+        "plain",
+        "default, holding",
+        "default, between",
+        "published, three questions",
+    }
     assert all(ratio > 0 for ratio in found["ratios"].values()) and found["ratios"]["outside_torch"] < 1
     assert set(found["chosen"]) == {f"{way}{asked}" for way in ("automatic", "default") for asked in ("", THREE)}
 

@@ -158,7 +158,8 @@ def test_as_many_looks_in_a_row_must_hold_or_half_of_them(steps, check_every, lo
 
 
 def test_drift_at_the_last_look_is_why_it_ended():
-    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1, steps=3)
+    free = {"anchor": 0.0, "prior": 0.0}
+    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1, steps=3, **free)
     assert not run.retreats and run.stopped.startswith("at step 3, because pictures got") and run.checks[-1].step == 2
 
 
@@ -201,7 +202,8 @@ def test_a_retreat_begins_anew_at_a_third_of_the_rate():
 
 def test_what_holds_is_taught_on_at_a_third_of_the_rate():
     """After a retreat, at a third of that."""
-    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1, stop_at=0.18)
+    free = {"anchor": 0.0, "prior": 0.0}
+    _, run, _ = teach(check_every=1, learning_rate=0.01, average=0.0, drift_limit=0.1, stop_at=0.18, **free)
     holds = [check.scores[0] >= 0.18 for check in run.checks[:5]]
     assert holds == [False, False, True, True, True]
     seen = [brightness(check) for check in run.checks]
@@ -344,6 +346,16 @@ def test_the_anchor_holds_back():
     free, _, _ = teach(check_every=0, anchor=0.0)
     held, _, _ = teach(check_every=0, anchor=50.0)
     assert 0 < held.lora.shift < free.lora.shift
+
+
+def test_holding_comes_lazily():
+    """In the first of four steps, four times as strongly, with room for four times the gradient."""
+    settings = Settings(anchor=0.5, prior=2.0, clip=1.0)
+    held, *free, again = (settings.at(step) for step in range(1, 6))
+    assert (held.anchor, held.prior, held.clip) == (2.0, 8.0, 4.0) and again == held
+    assert free == [replace(settings, anchor=0.0, prior=0.0)] * 3
+    nothing = Settings(anchor=0.0, prior=0.0)
+    assert all(nothing.at(step) == nothing for step in range(1, 6))
 
 
 class DimStudent(GreyStudent):

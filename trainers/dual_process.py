@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 STRIKES = 4  # steps in a row without a finite gradient that end a run; from the second on they are scaled by less
+HELD_EVERY = 4  # of so many steps one holds pictures, so many times as strongly, see ``Settings.at``
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
@@ -88,6 +89,22 @@ class Settings:
         """The k to draw from, of a schedule of ``steps`` steps; never empty."""
         start, end = PARTS[self.learn_at]
         return range(math.floor(start * steps), math.ceil(end * steps))
+
+    def at(self, step: int) -> Settings:
+        """These settings for step number ``step``, from 1 on.
+
+        Anchor and prior, which cost as much as everything else of a step where the judge is small, come in the first of
+        every ``HELD_EVERY`` steps only, and then so many times as strong: lazy regularisation (StyleGAN2, Karras et
+        al., arXiv 1912.04958, appendix B). The norm may be as many times as large then, or clipping would let them be
+        outweighed by the steps between.
+        """
+        if not (self.anchor or self.prior):
+            return self
+        if (step - 1) % HELD_EVERY:
+            return replace(self, anchor=0.0, prior=0.0)
+        return replace(
+            self, anchor=HELD_EVERY * self.anchor, prior=HELD_EVERY * self.prior, clip=HELD_EVERY * self.clip
+        )
 
 
 @dataclass
@@ -163,8 +180,9 @@ def train(
     strikes, settled = 0, False
     try:
         for step in range(1, settings.steps + 1):
-            loss, scores, image = passes(student, judge, objective, settings, rng)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            now = settings.at(step)
+            loss, scores, image = passes(student, judge, objective, now, rng)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, now.clip)
             # read together: the host waits for the GPU once a step
             norm, loss, *scores = torch.cat([norm[None], loss[None].to(norm), scores.to(norm)]).tolist()
             strikes = 0 if math.isfinite(norm) else strikes + 1
