@@ -53,7 +53,7 @@ class Settings:
             it takes away the pixel patterns that fool a judge.
         augment: 0..1, how much pictures are cropped and changed in contrast and brightness before the judge,
             see ``augment.varied``.
-        clip: gradient norm at most.
+        clip: gradient norm at most, larger in steps that hold, see ``at``.
         check_every: steps between looks at the held-out seeds; 0 never looks.
         stop_at: standing on the held-out seeds (``Objective.standing``) at which training stops, or does not begin, if
             ``check_every`` is not 0. With a second judge, both must reach it. Infinity: never.
