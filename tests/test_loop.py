@@ -358,6 +358,15 @@ def test_holding_comes_lazily():
     assert all(nothing.at(step) == nothing for step in range(1, 6))
 
 
+def test_pictures_are_cleaned_in_every_fourth_step_only():
+    student, seen, so_far = GreyStudent(), [], []
+    clean = student.redrawn
+    student.redrawn = lambda x0, noise: seen.append(1) or clean(x0, noise)
+    settings = Settings(steps=6, check_every=0)
+    train(student, BrightnessJudge(), Objective([Question("?")]), settings, lambda *_: so_far.append(len(seen)))
+    assert [after - before for before, after in zip(so_far, so_far[1:])] == [0, 0, 0, 2, 0]
+
+
 class DimStudent(GreyStudent):
     """Its untaught model makes nothing brighter than 0.4, and cleans it away."""
 
