@@ -26,8 +26,9 @@ class ModestJudge(BrightnessJudge):
 
 def teach(second, questions=(Question("Is it bright?"),), **settings):
     student = GreyStudent()
-    defaults = {"steps": 40, "learning_rate": 0.01, "check_every": 2, "judge_noise": 0.0, "average": 0.0, "anchor": 0.0}
-    settings = Settings(**{**defaults, "drift_limit": 0.0, "stop_at": 0.9, **settings})
+    defaults = {"steps": 40, "learning_rate": 0.01, "check_every": 2, "judge_noise": 0.0, "average": 0.0}
+    free = {"anchor": 0.0, "prior": 0.0, "drift_limit": 0.0}
+    settings = Settings(**{**defaults, **free, "stop_at": 0.9, **settings})
     run = train(student, BrightnessJudge(), Objective(list(questions)), settings, lambda *_: None, second)
     return student, run
 
