@@ -549,10 +549,18 @@ def test_one_step_without_a_finite_gradient_changes_no_scale():
     assert run.skipped == 2 and student.gradient_scale == GreyStudent.gradient_scale
 
 
-@pytest.mark.parametrize("broken, step", [({1, 2, 3, 4}, 4), ({2, 4, 5, 6, 7}, 7)])
+def test_steps_that_hold_are_scaled_by_less_too():
+    """One overflow in four is no chance where it is the step that holds pictures: without it nothing would hold."""
+    student, run, _ = teach(student=BrokenGradient({1, 5}), steps=8, check_every=0)
+    assert run.skipped == 2 and student.gradient_scale == 1 < GreyStudent.gradient_scale
+
+
+@pytest.mark.parametrize(
+    "broken, step", [({1, 2, 3, 4}, 4), ({2, 4, 5, 6, 7}, 7), ({1, 5, 9, 13}, 13), ({1, 5, 13, 17, 21, 25}, 25)]
+)
 def test_too_many_of_them_are_an_error(broken, step):
     with pytest.raises(RuntimeError, match=f"Step {step}: .* norm (inf|nan)"):
-        teach(student=BrokenGradient(broken), steps=8, check_every=0)
+        teach(student=BrokenGradient(broken), steps=step, check_every=0)
 
 
 def test_small_gradients_come_through_a_half_precision_judge():

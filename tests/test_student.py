@@ -120,6 +120,34 @@ def test_noise_laid_over_a_finished_latent(lab, name):
     student.run(loop, beside=[])
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "lms", "ipndm", "res_multistep", "uni_pc", "uni_pc_bh2"])
+@pytest.mark.parametrize("name", ["SD1.5", "SD3"])
+def test_learns_at_a_picture_that_the_sampler_draws(lab, name, sampler):
+    """Rolled to step 1 is what the whole walk shows the model at that step's noise."""
+    import comfy.samplers
+
+    student, seen = lab.build_student(name, sampler=comfy.samplers.sampler_object(sampler)), []
+
+    def loop():
+        noise, plain = student.noise(3), student._denoiser
+        rolled = student.roll(noise, 1)
+
+        class Recording:
+            def __getattr__(self, name):
+                return getattr(plain, name)
+
+            def __call__(self, x, sigma, **kwargs):
+                seen.append((sigma[0].item(), x.clone()))
+                return plain(x, sigma, **kwargs)
+
+        student._denoiser = Recording()
+        student.roll(noise, student.steps)
+        drawn = next(x for sigma, x in seen if sigma == pytest.approx(student.sigmas[1].item()))
+        torch.testing.assert_close(rolled, drawn, rtol=1e-4, atol=1e-4 * drawn.abs().max().item())
+
+    student.run(loop, beside=[])
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_users_model_is_bit_identical_afterwards(lab, name):
     model = lab.build_model(name)

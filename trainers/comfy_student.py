@@ -18,7 +18,9 @@ import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
 from comfy.hooks import EnumHookType
+from comfy.k_diffusion.sampling import sample_euler
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
@@ -55,6 +57,7 @@ TOY = 50_000_000  # numbers in the weights of a diffusion model, below which it 
 TRAINING_MEMORY = 3
 KEPT_OF_LORA = 3  # times its size: AdamW's two moments and the running average
 JUDGES = ["judge", "second judge"]
+UNI_PC = [sample_unipc, sample_unipc_bh2]  # which take no step in a schedule of one; their first of several is Euler's
 LITTLE_NOISE = 0.158  # times a picture's own spread: what is laid over it before it is redrawn
 
 
@@ -310,7 +313,9 @@ class ComfyStudent:
             return x
         own_args = dict(self._extra_args)  # CFG++ samplers leave a function in them that calls for the negative prompt
         walk = {"extra_args": own_args, "callback": None, "disable": True, **self.sampler.extra_options}
-        return self.sampler.sampler_function(self._denoiser, x, self._sigmas[: k + 1], **walk)
+        unmoved = k == 1 and self.sampler.sampler_function in UNI_PC
+        step = sample_euler if unmoved else self.sampler.sampler_function
+        return step(self._denoiser, x, self._sigmas[: k + 1], **walk)
 
     @torch.no_grad()
     def noised(self, x: Tensor, noise: Tensor, k: int) -> Tensor:

@@ -11,6 +11,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from operator import not_
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from .objective import Objective
 log = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
-STRIKES = 4  # steps in a row without a finite gradient that end a run; from the second on they are scaled by less
+STRIKES = 4  # steps without a finite gradient that end a run; from the second on they are scaled by less
 HELD_EVERY = 4  # of so many steps one holds pictures, so many times as strongly, see ``Settings.at``
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
@@ -177,7 +179,7 @@ def train(
 
     optimizer, average = beginning()
     rng = torch.Generator().manual_seed(settings.seed)
-    strikes, settled = 0, False
+    finite, settled = [], False
     try:
         for step in range(1, settings.steps + 1):
             now = settings.at(step)
@@ -185,16 +187,16 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(parameters, now.clip)
             # read together: the host waits for the GPU once a step
             norm, loss, *scores = torch.cat([norm[None], loss[None].to(norm), scores.to(norm)]).tolist()
-            strikes = 0 if math.isfinite(norm) else strikes + 1
-            if (norm == 0 and loss > 0) or strikes == STRIKES:
+            finite.append(math.isfinite(norm))
+            if (norm == 0 and loss > 0) or strikes(finite) == STRIKES:
                 lower = "lower the learning rate, or " if run.loss else ""
                 raise RuntimeError(
                     f"Step {step}: the gradient that reaches the LoRA has norm {norm}; nothing can be learned from "
                     f"it. To go on, {lower}load model, VAE and judge in bf16 or fp32."
                 )
-            if strikes:
+            if not finite[-1]:
                 run.skipped += 1
-                if strikes > 1:
+                if strikes(finite) > 1:
                     student.gradient_scale = eased(student.gradient_scale)
                     judge.gradient_scale = eased(judge.gradient_scale)
             else:
@@ -226,6 +228,16 @@ def train(
     finally:
         looks.end()
     return run
+
+
+def strikes(finite: list[bool]) -> int:
+    """How many of the latest steps had no finite gradient: in a row, or ``HELD_EVERY`` apart, as those are that hold
+    pictures, whose gradients are the largest.
+
+    Args:
+        finite: of every step so far, whether it had.
+    """
+    return max(sum(1 for _ in takewhile(not_, latest)) for latest in (finite[::-1], finite[::-HELD_EVERY]))
 
 
 def passes(student, judge, objective: Objective, settings: Settings, rng: torch.Generator):
