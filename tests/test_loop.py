@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dual_process.tests import vlm_families
+from dual_process.trainers import dual_process
 from dual_process.trainers.augment import varied, with_noise
 from dual_process.trainers.checkpointing import Recompute
 from dual_process.trainers.dual_process import (
@@ -354,6 +355,9 @@ def test_holding_comes_lazily():
     held, *free, again = (settings.at(step) for step in range(1, 6))
     assert (held.anchor, held.prior, held.clip) == (2.0, 8.0, 4.0) and again == held
     assert free == [replace(settings, anchor=0.0, prior=0.0)] * 3
+    assert settings.at(1, 2.1) == settings.at(2, 2.1) == settings and settings.at(2, 1.9) == free[0]
+    colours = replace(settings, prior=0.0)
+    assert colours.at(2, 9.0) == free[0], "without a prior strangeness tells nothing"
     nothing = Settings(anchor=0.0, prior=0.0)
     assert all(nothing.at(step) == nothing for step in range(1, 6))
 
@@ -372,6 +376,17 @@ class DimStudent(GreyStudent):
 
     def redrawn(self, x0, noise):
         return x0.clamp(max=0.4)
+
+
+def test_pictures_are_cleaned_in_every_step_where_they_have_strayed(monkeypatch):
+    """A look, which cleans once itself, comes after step 4."""
+    monkeypatch.setattr(dual_process, "STRAYED", 0.9)
+    student, seen, so_far = PalingStudent(), [], []
+    clean = student.redrawn
+    student.redrawn = lambda x0, noise: seen.append(1) or clean(x0, noise)
+    settings = Settings(steps=8, check_every=4, check_seeds=1, drift_limit=0.0)
+    train(student, BrightnessJudge(), Objective([Question("?")]), settings, lambda *_: so_far.append(len(seen)))
+    assert [after - before for before, after in zip(so_far, so_far[1:])] == [0, 0, 0, 1 + 2, 2, 2, 2]
 
 
 def test_the_prior_holds_back_only_what_is_not_the_model_s_own():

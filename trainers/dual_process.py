@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 STRIKES = 4  # steps without a finite gradient that end a run; from the second on they are scaled by less
 HELD_EVERY = 4  # of so many steps one holds pictures, so many times as strongly, see ``Settings.at``
+STRAYED = 2.0  # strangeness of a look from which on every step holds pictures; see ``guards.STRANGE``
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
 
 # Which part of the sampler's steps is learned from, as shares of the schedule. Early steps decide what is where, late
@@ -92,15 +93,17 @@ class Settings:
         start, end = PARTS[self.learn_at]
         return range(math.floor(start * steps), math.ceil(end * steps))
 
-    def at(self, step: int) -> Settings:
-        """These settings for step number ``step``, from 1 on.
+    def at(self, step: int, strangeness: float = 0.0) -> Settings:
+        """These settings for step number ``step``, from 1 on, after a look whose pictures had ``strangeness``.
 
         Anchor and prior, which cost as much as everything else of a step where the judge is small, come in the first of
         every ``HELD_EVERY`` steps only, and then so many times as strong: lazy regularisation (StyleGAN2, Karras et
         al., arXiv 1912.04958, appendix B). The norm may be as many times as large then, or clipping would let them be
-        outweighed by the steps between.
+        outweighed by the steps between; where it cuts those, pictures are held more strongly than in every step. Where
+        there is a prior, and pictures are ``STRAYED`` already, both come in every step: at high rates three steps
+        between are too far to stray.
         """
-        if not (self.anchor or self.prior):
+        if not (self.anchor or self.prior) or (self.prior and strangeness > STRAYED):
             return self
         if (step - 1) % HELD_EVERY:
             return replace(self, anchor=0.0, prior=0.0)
@@ -182,7 +185,7 @@ def train(
     finite, settled = [], False
     try:
         for step in range(1, settings.steps + 1):
-            now = settings.at(step)
+            now = settings.at(step, run.checks[-1].changes.get("strangeness", 0.0))
             loss, scores, image = passes(student, judge, objective, now, rng)
             norm = torch.nn.utils.clip_grad_norm_(parameters, now.clip)
             # read together: the host waits for the GPU once a step
