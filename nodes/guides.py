@@ -10,6 +10,7 @@ from ..vlm.guides import (
     DEPTH_QUESTION,
     HORIZON_QUESTION,
     LINE_WEIGHT_QUESTION,
+    MOST_SWATCHES,
     PALETTE_QUESTION,
     Areas,
     Horizon,
@@ -30,6 +31,7 @@ from ..vlm.overlay import (
     PlacedPicture,
     on_white,
 )
+from .refusal import check_choices
 from .types import CATEGORY, GuideType
 
 SHOWN_SIDE = 512  # px of the drawing on the node; the judge's is drawn at the size of the picture
@@ -75,7 +77,11 @@ class PaletteGuide(io.ComfyNode):
                     tooltip="Hex codes, separated by commas or spaces. Not used when a reference is connected.",
                 ),
                 io.Int.Input(
-                    "swatches", default=3, min=1, max=16, tooltip="How many colours are taken from the reference."
+                    "swatches",
+                    default=3,
+                    min=1,
+                    max=MOST_SWATCHES,
+                    tooltip="How many colours are taken from the reference.",
                 ),
                 *_wording_and_showing(PALETTE_QUESTION),
                 io.Image.Input(
@@ -155,7 +161,8 @@ class CompositionGuide(io.ComfyNode):
                     "labels",
                     multiline=True,
                     default="",
-                    tooltip="What belongs in each masked area: one line per mask of the batch, in letters A to Z.",
+                    tooltip="What belongs in each masked area: one line per mask of the batch, in letters A to Z. "
+                    "Not used with a sketch.",
                 ),
                 *_wording_and_showing(COMPOSITION_QUESTION),
                 io.Mask.Input(
@@ -182,7 +189,7 @@ class CompositionGuide(io.ComfyNode):
             picture = _own_picture(sketch)
             drawing = PlacedPicture(picture, _alpha(mask, *picture.shape[1:]), stretch=True)
         else:
-            drawing = Areas(_own(mask).reshape(-1, *mask.shape[-2:]), tuple(labels.splitlines()))
+            drawing = Areas(_own(mask).reshape(-1, *mask.shape[-2:]), tuple(labels.rstrip().splitlines()))
         return _drawn(cls, drawing, question, show, opacity)
 
 
@@ -222,6 +229,7 @@ class GuideFromImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, show, opacity, x, y, scale, fit, mask=None):
+        check_choices(cls.define_schema().inputs, {"show": show, "fit": fit})
         picture = _own_picture(image)
         alpha = _alpha(mask, *picture.shape[1:])
         if show == BESIDE:
@@ -297,6 +305,7 @@ def _drawn_outputs() -> list[io.Output]:
 
 def _drawn(cls, drawing: Drawing, question: str, show: str, opacity: float) -> io.NodeOutput:
     """The outputs of a guide that draws; its drawing is shown on the node."""
+    check_choices(cls.define_schema().inputs, {"show": show})
     image = on_white(drawing.draw(SHOWN_SIDE, SHOWN_SIDE)).movedim(0, -1)[None]
     return io.NodeOutput(_overlay(drawing, show, opacity), image, question, ui=ui.PreviewImage(image, cls=cls))
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..trainers.comfy_memory import ManagedJudge
 from ..vlm.download import download_judge, place_of
 from ..vlm.loading import ATTENTIONS, discover_adapters, discover_judges, load_judge
-from .refusal import refusal
+from .refusal import check_choices, refusal
 from .types import CATEGORY, JudgeType
 
 PACK = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def hub_judge(hub_id: str, download: bool) -> Path:
     """
     root = Path(folder_paths.models_dir) / "VLM"
     folder = place_of(hub_id, root)
-    if not download and not folder.is_dir():
+    if not download and not (folder / "config.json").is_file():
         raise ValueError(f"{hub_id} is not in {folder}: tick download to fetch it from the Hugging Face Hub.")
     if not download:
         return folder
@@ -111,6 +111,8 @@ class JudgeLoader(io.ComfyNode):
         hub_id="",
         download=False,
     ):
+        chosen = {"dtype": dtype, "attention": attention, "quantisation": quantisation}
+        check_choices(cls.define_schema().inputs, chosen)
         hub_id = hub_id.strip()
         folder, root = folder_and_root({hub_id: hub_judge(hub_id, download)} if hub_id else judges(), hub_id or judge)
         adapter, adapter_root = (None, None) if lora == NO_LORA else folder_and_root(discover_adapters(roots()), lora)
@@ -131,7 +133,10 @@ class JudgeLoader(io.ComfyNode):
             bits=BITS[quantisation],
             name=hub_id or judge,
         )
-        managed = ManagedJudge(loaded)
+        words = {"system_prompt": system_prompt, "question_suffix": question_suffix, "prompt_template": prompt_template}
+        unusual = {name: value for name, value in {**chosen, "lora": lora}.items() if value not in ("auto", "none")}
+        told = {name: text.strip() for name, text in words.items() if text.strip()}
+        managed = ManagedJudge(loaded, choices=unusual | told)
         if BITS[quantisation] is not None:
             managed.load()  # it is on the device already; now ComfyUI knows
         return io.NodeOutput(managed)
@@ -143,6 +148,13 @@ class JudgeLoader(io.ComfyNode):
         if hub_id is None or hub_id.strip():
             return True
         return refusal(lambda name: folder_and_root(judges(), name), judge)
+
+    @classmethod
+    def fingerprint_inputs(cls, judge, lora=NO_LORA, **_):
+        """When the newest file of the judge, or of its LoRA, was written."""
+        folders = [judges().get(judge), discover_adapters(roots()).get(lora)]
+        files = (file for folder in folders if folder for file in folder.iterdir())
+        return max((file.stat().st_mtime_ns for file in files if file.exists()), default=None)
 
 
 def _further_inputs() -> list[io.Input]:
@@ -167,7 +179,8 @@ def _further_inputs() -> list[io.Input]:
             "system_prompt",
             default="",
             optional=True,
-            tooltip="What the judge is told before every question; empty for nothing.",
+            tooltip="What the judge is told before every question; empty for nothing. Not together with a "
+            "prompt_template, which holds all that it is told.",
         ),
         io.String.Input(
             "question_suffix",
@@ -179,7 +192,8 @@ def _further_inputs() -> list[io.Input]:
             "prompt_template",
             default="",
             optional=True,
-            tooltip="Only for models without a chat template: the whole prompt, with {image} and {question} in it.",
+            tooltip="For models without a chat template, and in place of one: the whole prompt, with {image} and "
+            "{question} in it.",
         ),
         io.Combo.Input(
             "lora",

@@ -7,6 +7,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,12 +15,13 @@ from ..trainers.diffusers_lora import to_diffusers
 from ..trainers.lora_beside import add_beside, split
 from ..trainers.lora_file import new_lora_path, save_lora
 from ..trainers.lora_fit import fit
-from .refusal import refusal
+from .refusal import check_choices, refusal
 from .types import CATEGORY, LoRAType
 
 log = logging.getLogger(__name__)
 READABLE = (".safetensors", ".sft")  # ComfyUI lists pickles in models/loras as well
 FROM_TRAINER = "(the connected LoRA)"
+NOT_CONNECTED = object()
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 
 
@@ -39,8 +41,16 @@ def saved_loras() -> list[str]:
 
 
 def read_lora(name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file in models/loras."""
-    return load_file(folder_paths.get_full_path_or_raise("loras", name))
+    """The tensors of a file in models/loras.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder_paths.get_full_path_or_raise("loras", name)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): download or save it again.") from error
 
 
 def written_at(name: str | None) -> int | None:
@@ -60,6 +70,15 @@ def lora_inputs() -> tuple[io.Input, io.Input]:
         ),
         LoRAType.Input("lora", optional=True, tooltip="The LoRA of a trainer. It wins over lora_name."),
     )
+
+
+def unlisted(lora_name: str | None, lora) -> str | bool:
+    """What ``validate_inputs`` returns of ``lora_inputs``. ComfyUI itself would refuse a file that is not there even
+    where a connected LoRA, which is None here, takes its place."""
+    read = lora_name is not None and lora is not None
+    if read and lora_name != FROM_TRAINER and lora_name not in saved_loras():
+        return f"There is no '{lora_name}' in models/loras. Press R if it has just come, or choose another."
+    return True
 
 
 def lora_patches(model, lora_name: str, lora: dict[str, torch.Tensor] | None, node: str) -> dict:
@@ -127,6 +146,10 @@ class ApplyLoRA(io.ComfyNode):
         return io.NodeOutput(with_patches(model, lora_patches(model, lora_name, lora, "LoRA Apply"), strength))
 
     @classmethod
+    def validate_inputs(cls, lora_name, lora=NOT_CONNECTED):
+        return unlisted(lora_name, lora)
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
         return written_at(lora_name)
 
@@ -162,6 +185,7 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, filename_prefix, format=COMFYUI):
+        check_choices(cls.define_schema().inputs, {"format": format})
         root = loras_folder()
         path = new_lora_path(root, filename_prefix)
         name = path.relative_to(root).as_posix()

@@ -12,7 +12,7 @@ import nodes
 from ..trainers.comfy_student import check_negative
 from ..trainers.noise_levels import noise_levels
 from ..trainers.sheet import from_image, grid, to_image
-from .lora import lora_inputs, lora_patches, with_patches, written_at
+from .lora import NOT_CONNECTED, lora_inputs, lora_patches, unlisted, with_patches, written_at
 from .refusal import refusal
 from .types import CATEGORY
 
@@ -100,8 +100,9 @@ class StrengthSheet(io.ComfyNode):
         return io.NodeOutput(sheet, rows.flatten(0, 1), ui=ui.PreviewImage(sheet, cls=cls))
 
     @classmethod
-    def validate_inputs(cls, strengths):
-        return refusal(numbers_in, strengths)
+    def validate_inputs(cls, strengths, lora_name, lora=NOT_CONNECTED):
+        listed = unlisted(lora_name, lora)
+        return refusal(numbers_in, strengths) if listed is True else listed
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):

@@ -14,6 +14,9 @@ from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from server import PromptServer
 from torch import Tensor
 
+import nodes
+
+from ..trainers.comfy_memory import ManagedJudge
 from ..trainers.comfy_student import ComfyStudent
 from ..trainers.diffusers_lora import diffusers_names
 from ..trainers.dual_process import Run, Settings, train
@@ -29,10 +32,11 @@ from ..trainers.report import Report, smoothed
 from ..trainers.self_check import check_gradients
 from ..trainers.sheet import contact_sheet
 from ..vlm.answers import never_answered
-from ..vlm.question import Question
+from ..vlm.question import WATCH, Question
 from .loaders import BUNDLED_GUIDE_READER, BUNDLED_JUDGE
 from .lora import loras_folder, read_lora, write_lora, written_at
-from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, check_choices, left_out, trainer_inputs
+from .refusal import check_choices
+from .trainer_inputs import AUTOMATIC, NEVER, NEW_LORA, chosen_from_lists, left_out, trainer_inputs
 from .types import CATEGORY, LoRAType, LossType, ReportType
 
 log = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ UNFINISHED = "dual_process/unfinished"
 UNSAVED = "The LoRA is not saved: connect Save LoRA to keep it."
 NOTHING_LEARNED = "no look was better than the first, so the LoRA is what it was before"
 NO_ANSWER = (
-    "The judge hardly ever answers {} with Yes or No, so its answer says little. Try Ask the Judge, and end the "
+    "The {} hardly ever answers {} with Yes or No, so its answer says little. Try Ask the Judge, and end the "
     "question with: Answer with Yes or No."
 )
 SAME_JUDGE = "judge and second_judge are the same model: it cannot disagree with itself. Connect another one, or none."
@@ -75,7 +79,8 @@ class Trainer(io.ComfyNode):
 
     @classmethod
     def execute(cls, judge, questions, objective, self_check, second_judge=None, **inputs):
-        check_choices({"objective": objective, **inputs})
+        values = {"objective": objective, **inputs}
+        check_choices(chosen_from_lists(values), values)
         inputs = SimpleNamespace(**{**left_out(), **inputs})
         goal = Objective(questions, objective, inputs.target)
         if second_judge is judge:
@@ -87,7 +92,8 @@ class Trainer(io.ComfyNode):
         settings = settings_from(inputs, student.prompts)
         show = Progress(cls.hidden.unique_id, settings.steps, questions)
         show.warn(student.size_warning())
-        show.warn(bundled_judge_warning(judge.judge.name, student))
+        for one in judges:
+            show.warn(bundled_judge_warning(one.judge.name, student))
         plan = None
 
         def teach() -> Run:
@@ -103,8 +109,10 @@ class Trainer(io.ComfyNode):
             said = [plan.sentence()] if plan else []
             said += [student.turns.sentence()] if student.takes_turns else []
             show.say(" ".join(said))
-            if unclear := never_answered(first, student.draw(CHECK_SEEDS), questions):
-                show.warn(NO_ANSWER.format(", ".join(f"'{question.text.strip()}'" for question in unclear)))
+            drawn = student.draw(CHECK_SEEDS)
+            for which, one in zip(("judge", "second judge"), filter(None, [first, second])):
+                if unclear := never_answered(one, drawn, questions):
+                    show.warn(NO_ANSWER.format(which, ", ".join(f"'{question.text.strip()}'" for question in unclear)))
             run = train(student, first, goal, settings, show, second)
             show.over = True
             if settings.check_every and run.checks[-1].step:
@@ -117,7 +125,8 @@ class Trainer(io.ComfyNode):
             return TrainedLoRA(student.lora.export(), story, diffusers_names(student.model.model))
 
         asked = cls.hidden.dynprompt.get_node, cls.hidden.unique_id
-        prompts, chosen = prompt_texts(*asked), choices(inputs, prompt_texts(*asked, names=["negative"]))
+        prompts, negative = prompt_texts(*asked), prompt_texts(*asked, names=["negative"])
+        chosen = choices(inputs, negative, judges)
         try:
             run = student.run(teach, beside=[one.patcher for one in judges])
         except BaseException:  # Cancel is no Exception in newer ComfyUIs
@@ -125,7 +134,7 @@ class Trainer(io.ComfyNode):
             raise
         lora = learned(run)
         saved = is_saved(cls.hidden.dynprompt.get_original_prompt(), cls.hidden.unique_id)
-        told = show.end(run, "" if saved else UNSAVED)
+        told = show.end(run, "" if saved or not run.loss else UNSAVED)
         before, after = (c.pictures.movedim(1, -1) for c in (run.checks[0], run.checks[-1]))
         pairs = ui.PreviewImage(torch.cat([before, after], dim=1), cls=cls)
         history = {"loss": run.loss} if run.loss else ExecutionBlocker(None)  # core's plot needs a point
@@ -137,25 +146,38 @@ class Trainer(io.ComfyNode):
         return written_at(continue_from)
 
 
-def choices(inputs: SimpleNamespace, negative: list[str]) -> dict[str, str]:
+def choices(inputs: SimpleNamespace, negative: list[str], judges: list[ManagedJudge]) -> dict[str, str]:
     """What has to be known to do it again and stands nowhere else in the LoRA's header."""
+    loaded = {
+        f"{which}, {name}": value
+        for which, judge in zip(("judge", "second judge"), judges)
+        for name, value in judge.choices.items()
+    }
     return {
         "sampler": "a connected one" if inputs.sampler else inputs.sampler_name,
         "scheduler": inputs.scheduler if inputs.sigmas is None else "connected sigmas",
         "negative prompt": "; ".join(negative) or "none",
         "targets": inputs.targets or "attention and MLPs",
         "continued from": inputs.continue_from,
+        **loaded,
     }
 
 
 def is_saved(graph: dict[str, dict], trainer: str) -> bool:
-    """Whether the LoRA goes into a node that writes it, ours or core's, also through others; ``graph`` is in ComfyUI's
-    API form."""
+    """Whether the LoRA goes into a node that writes it, ours or core's, also through others that hand it on; ``graph``
+    is in ComfyUI's API form."""
+
+    def hands_on(number: str, output: int) -> bool:
+        """Whether what comes out may still be the LoRA: not once it is on a model."""
+        kind = nodes.NODE_CLASS_MAPPINGS.get(graph[number]["class_type"])
+        return kind is None or io.Model.io_type not in kind.RETURN_TYPES[output : output + 1]
+
     fed = {number for number, node in graph.items() if [trainer, 0] in node["inputs"].values()}
     while more := {
         number
         for number, node in graph.items()
-        if number not in fed and any(is_link(value) and value[0] in fed for value in node["inputs"].values())
+        if number not in fed
+        and any(is_link(value) and value[0] in fed and hands_on(*value) for value in node["inputs"].values())
     }:
         fed |= more
     return any(graph[number]["class_type"].endswith("SaveLoRA") for number in fed)
@@ -268,7 +290,8 @@ class Progress:
         """Save the LoRA of the best look of a run that was cancelled or failed, if an answer had become likelier or the
         run was over."""
         run = self.run
-        likelier = run and any(now > then for then, now in zip(run.checks[0].scores, run.checks[-1].scores))
+        rose = (now > then for then, now in zip(run.checks[0].scores, run.checks[-1].scores)) if run else ()
+        likelier = any(up for question, up in zip(self.questions, rose) if question.role != WATCH)
         if not (likelier or self.over and run and run.checks[-1].step):
             return
         if not self.over:

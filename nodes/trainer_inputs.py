@@ -22,18 +22,11 @@ def left_out() -> dict:
     return {one.id: getattr(one, "default", None) for one in trainer_inputs() if one.optional}
 
 
-def check_choices(values: dict) -> None:
-    """Refuse what is in no list, which ComfyUI 0.3.75 does not do for nodes of this kind.
-
-    Raises:
-        ValueError: naming the input.
-    """
+def chosen_from_lists(values: dict) -> list[io.Input]:
+    """The inputs whose value is read, and must therefore be in its list. That of continue_from is a file, which may
+    have come since."""
     instead = {"sampler_name": values.get("sampler"), "scheduler": values.get("sigmas")}
-    for one in trainer_inputs():
-        read = instead.get(one.id) is None and one.id != "continue_from"  # a file, which may have come since
-        if read and isinstance(one, io.Combo.Input) and values.get(one.id, one.options[0]) not in one.options:
-            listed = ", ".join(map(str, one.options))
-            raise ValueError(f"{one.id} is '{values[one.id]}', which is not one of its choices: {listed}.")
+    return [one for one in trainer_inputs() if instead.get(one.id) is None and one.id != "continue_from"]
 
 
 def _sockets() -> list[io.Input]:
@@ -146,7 +139,7 @@ def _judging() -> list[io.Input]:
             max=1.0,
             step=0.01,
             tooltip="Training ends when the judge gives the wanted answers with this probability on those pictures, "
-            "look after look; from the first time on the learning rate is a third.",
+            "look after look; from the first time on the learning rate is a third. 1: hardly ever.",
         ),
     ]
 

@@ -56,3 +56,9 @@ def test_more_diversity_and_less_burning_are_no_fault():
     assert warning({**calm, "diversity": -0.4, "luminance": 0.3}, 0.25) == "30% brighter, 40% more alike"
     assert largest_fault({**calm, "diversity": 2.0, "clipped": -0.9, "luminance": -0.1}) == 0.1
     assert largest_fault({**calm, "diversity": -0.4, "luminance": 0.3}) == 0.4
+
+
+def test_a_picture_of_which_half_precision_made_nothing_has_drifted():
+    grey, lost = torch.full((2, 3, 8, 8), 0.5), torch.full((2, 3, 8, 8), 0.5)
+    lost[1] = torch.nan
+    assert warning(changes(grey, lost), 0.25).startswith("50% darker")

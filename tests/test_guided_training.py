@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from dual_process.demo.workflow import nodes_of, template, to_api
 from dual_process.tests.test_loop import GreyStudent
+from dual_process.trainers import dual_process
 from dual_process.trainers.dual_process import TRAINING_SEEDS, Settings, train
 from dual_process.trainers.looks import CHECK_SEEDS
 from dual_process.trainers.objective import Objective
@@ -81,6 +82,13 @@ def test_both_pictures_get_noise():
     _, judge, _ = teach(question, steps=8, check_every=0, judge_noise=0.3)
     spread = [(before.std().item() > 0.03, after.std().item() > 0.03) for before, after in judge.shown[1:-1]]
     assert sum(one for one, _ in spread) > 4 and sum(other for _, other in spread) > 4
+
+
+def test_both_pictures_are_varied_alike():
+    """So that nothing differs between them but what the LoRA makes."""
+    pictures = torch.rand(2, 3, 16, 16)
+    first, second = dual_process.shown([pictures] * 2, Settings(augment=1.0, judge_noise=0.0), torch.Generator())
+    assert torch.equal(first, second) and not torch.equal(first, pictures)
 
 
 def test_a_run_with_every_kind_of_guide_tells_how_the_judge_was_asked(server, client):

@@ -95,6 +95,19 @@ def test_no_chat_template_is_one_sentence():
         judge("Qwen2-VL", template="")
 
 
+@pytest.mark.parametrize("template, missing", [("{image} Answer:", "{question}"), ("{question}", "{image}")])
+def test_a_prompt_template_without_one_of_its_places_is_one_sentence(template, missing):
+    model, processor = vlm_families.build("Qwen2-VL")
+    with pytest.raises(ValueError, match=f"The prompt template of Qwen2-VL has no {missing}. Write, for example"):
+        Judge(model, processor, "Qwen2-VL", template=template)
+
+
+def test_a_prompt_template_is_all_that_is_told():
+    model, processor = vlm_families.build("Qwen2-VL")
+    with pytest.raises(ValueError, match="write the system prompt into it"):
+        Judge(model, processor, "Qwen2-VL", system="You are careful.", template="{image} {question}")
+
+
 def test_a_template_that_drops_answers_is_one_sentence():
     silent = vlm_families.chatml("<|image_pad|>").replace(
         "{% for part in", "{% if message.role == 'user' %}{% for part in"

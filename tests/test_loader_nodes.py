@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,30 @@ def test_prompts_are_asked_as_typed(loaders, models):
     assert "You are careful." in asked and "Warm? Answer with Yes or No." in asked
     judge = load(loaders, prompt_template="{image} Question: {question} Answer:")
     assert judge.prompts.render("Warm?", 1) == "<image> Question: Warm? Answer:"
+
+
+def test_what_the_user_chose_is_known_to_whoever_asks(loaders, models):
+    clone = loaders.JudgeLoader.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    for words in ({}, {"dtype": "bfloat16", "question_suffix": "Answer with Yes or No."}):
+        with torch.inference_mode():
+            (managed,) = clone.EXECUTE_NORMALIZED(**{"judge": "someone/tiny", "dtype": "auto", **words}).result
+        assert managed.choices == words
+
+
+@pytest.mark.parametrize("box", ["dtype", "attention", "quantisation"])
+def test_what_is_in_no_list_is_refused(loaders, models, box):
+    """ComfyUI 0.3.75 lets it through."""
+    with pytest.raises(ValueError, match=f"{box} is '16', which is not one of its choices: "):
+        load(loaders, **{box: "16"})
+
+
+def test_a_folder_that_was_written_anew_is_loaded_again(loaders, models):
+    written = loaders.JudgeLoader.fingerprint_inputs
+    before = written(judge="someone/tiny", dtype="auto")
+    assert before == written(judge="someone/tiny", dtype="auto", hub_id="else/tiny")
+    os.utime(models / "someone" / "tiny" / "model.safetensors", ns=(before + 1, before + 1))
+    assert written(judge="someone/tiny", dtype="auto") == before + 1
+    assert written(judge=None, dtype="auto") is written(judge="gone", dtype="auto") is None
 
 
 def test_attention_and_dtype_are_as_chosen(loaders, models):

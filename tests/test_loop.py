@@ -362,6 +362,19 @@ def test_holding_comes_lazily():
     assert all(nothing.at(step) == nothing for step in range(1, 6))
 
 
+def test_after_a_retreat_its_pictures_decide_how_often_steps_hold(monkeypatch):
+    """Not those that it went back from."""
+    given, at = [], Settings.at
+    monkeypatch.setattr(Settings, "at", lambda *args: given.append(args[1:]) or at(*args))
+    _, run, _ = teach(
+        student=PalingStudent(), check_every=1, learning_rate=0.01, average=0.0, anchor=0.0, drift_limit=0.1
+    )
+    back = next(check.step for check in run.checks[1:] if warning(check.changes, 0.1))
+    best = int(run.rate_falls[0].split()[-1])
+    asked = dict(given)
+    assert asked[back + 1] == run.checks[best].changes["strangeness"] != run.checks[back].changes["strangeness"]
+
+
 def test_pictures_are_cleaned_in_every_fourth_step_only():
     student, seen, so_far = GreyStudent(), [], []
     clean = student.redrawn

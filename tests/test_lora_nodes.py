@@ -123,3 +123,34 @@ def test_only_files_that_can_be_read_are_offered(lab, loras):
     finally:
         for name in ("pickled.pt", "pickled.ckpt", "fine.safetensors"):
             (loras / name).unlink()
+
+
+def test_a_file_that_is_not_there_is_no_reason_to_refuse_where_a_trainer_is_connected(lab, loras):
+    """What is connected is None while ComfyUI validates."""
+    from dual_process.nodes.lora import FROM_TRAINER, ApplyLoRA
+    from dual_process.nodes.strength_sheet import StrengthSheet
+
+    gone = "gone.safetensors"
+    for validate in (ApplyLoRA.validate_inputs, lambda **given: StrengthSheet.validate_inputs(strengths="1", **given)):
+        assert (
+            validate(lora_name=gone, lora=None) is validate(lora_name=FROM_TRAINER) is validate(lora_name=None) is True
+        )
+        assert validate(lora_name=gone).startswith("There is no 'gone.safetensors' in models/loras. Press R")
+
+
+def test_a_damaged_file_is_named(lab, loras):
+    from dual_process.nodes.lora import ApplyLoRA
+
+    (loras / "broken.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    try:
+        with pytest.raises(ValueError, match=r"broken\.safetensors is damaged .*: download or save it again"):
+            ApplyLoRA.execute(lab.build_model("SD3"), "broken.safetensors", 1.0)
+    finally:
+        (loras / "broken.safetensors").unlink()
+
+
+def test_a_format_that_is_in_no_list_is_refused(lab, loras):
+    from dual_process.nodes.lora import SaveLoRA
+
+    with pytest.raises(ValueError, match="format is 'Diffusers', which is not one of its choices: ComfyUI, diffusers"):
+        SaveLoRA.execute(lab.build_student("SD3").lora.export(), "sub/word", "Diffusers")

@@ -37,4 +37,23 @@ def test_in_the_order_of_training_each_once_and_nothing_else():
         "both": {"inputs": {"conditioning_1": ["sdxl", 0], "conditioning_2": ["flux", 0]}},
         "sdxl": encoded(text_g="big", text_l=" ", width=1024),
     }
-    assert prompt_texts(graph.__getitem__, "trainer") == ["tags", "a sentence", "from a box", "big"]
+    assert texts(graph) == ["tags", "a sentence", "from a box", "big"]
+    assert texts(graph, ["negative"]) == ["ugly"]
+
+
+def texts(graph: dict, names=("positive", "more_prompts")) -> list[str]:
+    return prompt_texts(lambda number: {"class_type": "Any", **graph[number]}, "trainer", names)
+
+
+def test_what_is_not_wanted_is_found_behind_nodes_that_hand_on_both():
+    """As those that apply a ControlNet do. What is zeroed says nothing."""
+    graph = {
+        "trainer": {"inputs": {"positive": ["control", 0], "negative": ["control", 1]}},
+        "control": {"inputs": {"positive": ["good", 0], "negative": ["bad", 0], "strength": 1.0}},
+        "good": encoded(text="a hill"),
+        "bad": encoded(text="ugly"),
+    }
+    assert texts(graph) == ["a hill"] and texts(graph, ["negative"]) == ["ugly"]
+    graph["trainer"]["inputs"]["negative"] = ["zero", 0]
+    graph["zero"] = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["good", 0]}}
+    assert texts(graph, ["negative"]) == []

@@ -89,9 +89,10 @@ def test_without_a_negative_only_cfg_1(sheet):
 
 @pytest.mark.parametrize("text, word", [("1, much", "much"), ("", ""), ("1,,2", ""), ("1, nan", "nan")])
 def test_what_is_no_number_is_named_before_anything_runs(sheet, text, word):
+    from dual_process.nodes.lora import FROM_TRAINER
     from dual_process.nodes.strength_sheet import StrengthSheet
 
     with pytest.raises(ValueError, match=f"'{word}' is not a number"):
         sheet(strengths=text)
-    assert f"'{word}' is not a number" in StrengthSheet.validate_inputs(text)
-    assert StrengthSheet.validate_inputs("-1, 2.5") is StrengthSheet.validate_inputs(None) is True
+    assert f"'{word}' is not a number" in StrengthSheet.validate_inputs(text, FROM_TRAINER)
+    assert all(StrengthSheet.validate_inputs(fine, FROM_TRAINER) is True for fine in ("-1, 2.5", None))

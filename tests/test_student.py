@@ -120,17 +120,21 @@ def test_noise_laid_over_a_finished_latent(lab, name):
     student.run(loop, beside=[])
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "lms", "ipndm", "res_multistep", "uni_pc", "uni_pc_bh2"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    "sampler",
+    "euler dpmpp_2m lms ipndm res_multistep er_sde uni_pc uni_pc_bh2 sa_solver sa_solver_pece".split(),
+)
 @pytest.mark.parametrize("name", ["SD1.5", "SD3"])
-def test_learns_at_a_picture_that_the_sampler_draws(lab, name, sampler):
-    """Rolled to step 1 is what the whole walk shows the model at that step's noise."""
+def test_learns_at_a_picture_that_the_sampler_draws(lab, name, sampler, k):
+    """Rolled to step k is what the whole walk shows the model at that step's noise."""
     import comfy.samplers
 
     student, seen = lab.build_student(name, sampler=comfy.samplers.sampler_object(sampler)), []
 
     def loop():
         noise, plain = student.noise(3), student._denoiser
-        rolled = student.roll(noise, 1)
+        rolled = student.roll(noise, k)
 
         class Recording:
             def __getattr__(self, name):
@@ -142,7 +146,7 @@ def test_learns_at_a_picture_that_the_sampler_draws(lab, name, sampler):
 
         student._denoiser = Recording()
         student.roll(noise, student.steps)
-        drawn = next(x for sigma, x in seen if sigma == pytest.approx(student.sigmas[1].item()))
+        drawn = next(x for sigma, x in seen if sigma == pytest.approx(student.sigmas[k].item()))
         torch.testing.assert_close(rolled, drawn, rtol=1e-4, atol=1e-4 * drawn.abs().max().item())
 
     student.run(loop, beside=[])
@@ -368,7 +372,7 @@ def test_gradient_handed_over_at_the_picture_is_the_whole_gradient(lab, kind, an
             base = student.predict(x, 1)
         x0 = student.predict(x, 1)
         image = student.decode(x0)
-        shown(image, settings, again)  # draws as the pass will
+        shown([image], settings, again)  # draws as the pass will
         with student.lora.disabled():
             little = new_noise(student, again)
             removed = (x0 - student.redrawn(x0, little)) - (base - student.redrawn(base, little))
@@ -515,3 +519,25 @@ def test_nothing_of_a_run_waits_for_garbage_collection(lab):
         assert [one() for one in gone] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_pictures_are_redrawn_by_the_prompts_of_the_last_step(lab):
+    """Also where no prompt is active at the little noise that is laid over them, and no other prompt is asked then."""
+    late, early = ([[t, {**v, **when}] for t, v in lab.build_conditioning("SD3", seed=seed)] for seed, when in (
+        (1, {"start_percent": 0.5, "end_percent": 0.8}), (2, {"start_percent": 0.0, "end_percent": 0.5})
+    ))  # fmt: skip
+
+    def redrawn(positive):
+        student = lab.build_student("SD3", positives=[positive], cfg=1.0, negative=None)
+
+        def loop():
+            student.use_prompt(0)
+            noise = student.noise(3)
+            before = student._guider.conds
+            cleaned = student.redrawn(noise * 0.5, student.noise(4))
+            assert student._guider.conds is before
+            return cleaned
+
+        return student.run(loop, beside=[])
+
+    assert torch.equal(redrawn(late + early), redrawn(lab.build_conditioning("SD3", seed=1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -126,7 +127,10 @@ def test_what_is_in_no_list_is_refused(lab, trained, typo):
         trained(judge=lab.build_judge(), **typo)
 
 
-def test_what_is_known_of_the_graph(trainer):
+def test_what_is_known_of_the_graph(trainer, monkeypatch):
+    import nodes
+    from dual_process.nodes.lora import ApplyLoRA
+
     graph = {"7": {"class_type": "DualProcessTrainer", "inputs": {}}}
     assert not trainer.is_saved(
         {**graph, "8": {"class_type": "DualProcessApplyLoRA", "inputs": {"lora": ["7", 0]}}}, "7"
@@ -140,15 +144,49 @@ def test_what_is_known_of_the_graph(trainer):
     assert not trainer.is_saved({**graph, **through}, "7")
     through["9"]["inputs"]["lora"] = ["8", 0]
     assert trainer.is_saved({**graph, **through}, "7")
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "DualProcessApplyLoRA", ApplyLoRA)
+    on_a_model = {
+        "8": {"class_type": "DualProcessApplyLoRA", "inputs": {"lora": ["7", 0]}},
+        "9": {"class_type": "DualProcessTrainer", "inputs": {"model": ["8", 0]}},
+        "10": {"class_type": "DualProcessSaveLoRA", "inputs": {"lora": ["9", 0]}},
+    }
+    assert not trainer.is_saved({**graph, **on_a_model}, "7") and trainer.is_saved({**graph, **on_a_model}, "9")
     real, toy = (SimpleNamespace(toy=toy) for toy in (False, True))
     bundled = trainer.BUNDLED_JUDGE
     assert bundled in trainer.bundled_judge_warning(bundled, real)
     assert trainer.bundled_judge_warning(bundled, toy) == trainer.bundled_judge_warning("Qwen", real) == ""
 
 
-def test_what_cannot_be_read_from_the_rest_is_written_down(lab, trained):
-    import json
+def test_a_second_judge_is_warned_of_as_the_first_is(trainer, lab, trained, monkeypatch):
+    second = lab.build_judge()
+    second.judge.name = trainer.BUNDLED_JUDGE
+    second.choices["question_suffix"] = "Say Yes or No."
+    monkeypatch.setattr(trainer.ComfyStudent, "toy", False)
+    monkeypatch.setattr(trainer.ComfyStudent, "size_warning", lambda student: "")
+    output, shown = trained(judge=lab.build_judge(), second_judge=second)
+    assert f"The {trainer.BUNDLED_JUDGE} knows nothing but" in shown[0]
+    assert any(line.startswith("The second judge hardly ever answers") for line in shown)
+    story = json.loads(output.result[0].metadata["dual_process"])
+    assert story["choices"]["second judge, question_suffix"] == "Say Yes or No."
 
+
+@pytest.mark.parametrize("weight, saved", [(0.0, 0), (1.0, 1)])
+def test_a_run_that_is_cancelled_is_saved_only_for_what_was_taught(trainer, monkeypatch, weight, saved):
+    from dual_process.trainers.dual_process import Run
+    from dual_process.trainers.looks import Check
+    from dual_process.vlm.question import Question
+
+    written = []
+    monkeypatch.setattr(trainer, "write_lora", lambda *file: written.append(file))
+    server = SimpleNamespace(send_progress_text=lambda text, node: None)
+    monkeypatch.setattr(trainer.PromptServer, "instance", server, raising=False)
+    progress = trainer.Progress("7", 20, [Question("Warm?", weight=weight), Question("High?")])
+    progress.run = Run(loss=[1.0], checks=[Check(0, [0.3, 0.6], None), Check(20, [0.5, 0.6], None)])
+    progress.rescue(lambda run: {})
+    assert len(written) == saved
+
+
+def test_what_cannot_be_read_from_the_rest_is_written_down(lab, trained):
     output, _ = trained(judge=lab.build_judge(), targets="attn", scheduler="normal", steps=1)
     story = json.loads(output.result[0].metadata["dual_process"])
     assert story["choices"] == {

@@ -41,10 +41,12 @@ class ManagedJudge:
     Args:
         judge: a ``vlm.judge.Judge`` with its weights on the CPU, or a ``vlm.native.NativeJudge``.
         patcher: what ComfyUI already manages the judge's weights with; made here when None.
+        choices: how the judge was loaded, as far as the user chose it, by name; for whoever wants to do it again.
     """
 
-    def __init__(self, judge, patcher: ModelPatcher | None = None):
+    def __init__(self, judge, patcher: ModelPatcher | None = None, choices: dict[str, str] | None = None):
         self.judge = judge
+        self.choices = choices or {}
         self.patcher = patcher or self._new_patcher(judge)
 
     @staticmethod

@@ -8,6 +8,7 @@ patches, the user's own LoRAs) into a denoised x0, with gradients. The training 
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ import comfy.samplers
 import torch
 from comfy.extra_samplers.uni_pc import sample_unipc, sample_unipc_bh2
 from comfy.hooks import EnumHookType
-from comfy.k_diffusion.sampling import sample_euler
+from comfy.k_diffusion.sampling import sample_sa_solver, sample_sa_solver_pece
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection, WrappersMP
@@ -57,7 +58,8 @@ TOY = 50_000_000  # numbers in the weights of a diffusion model, below which it 
 TRAINING_MEMORY = 3
 KEPT_OF_LORA = 3  # times its size: AdamW's two moments and the running average
 JUDGES = ["judge", "second judge"]
-UNI_PC = [sample_unipc, sample_unipc_bh2]  # which take no step in a schedule of one; their first of several is Euler's
+# They predict the next picture and correct it once the model has seen it; where a schedule ends, they leave that out.
+PREDICTING = [sample_unipc, sample_unipc_bh2, sample_sa_solver, sample_sa_solver_pece]
 LITTLE_NOISE = 0.158  # times a picture's own spread: what is laid over it before it is redrawn
 
 
@@ -304,7 +306,10 @@ class ComfyStudent:
 
     @torch.no_grad()
     def roll(self, noise: Tensor, k: int) -> Tensor:
-        """x_σk: the schedule walked from pure noise to step ``k`` (0 <= k <= steps), LoRA on, without gradients."""
+        """x_σk: the schedule walked from pure noise to step ``k`` (0 <= k <= steps), LoRA on, without gradients.
+
+        Samplers that are ``PREDICTING`` walk all of it, until they show the model a picture at σk.
+        """
         self.turns.need(self.model)
         self._denoiser.noise = noise
         model_sampling = self._guider.inner_model.model_sampling
@@ -313,9 +318,13 @@ class ComfyStudent:
             return x
         own_args = dict(self._extra_args)  # CFG++ samplers leave a function in them that calls for the negative prompt
         walk = {"extra_args": own_args, "callback": None, "disable": True, **self.sampler.extra_options}
-        unmoved = k == 1 and self.sampler.sampler_function in UNI_PC
-        step = sample_euler if unmoved else self.sampler.sampler_function
-        return step(self._denoiser, x, self._sigmas[: k + 1], **walk)
+        sample = self.sampler.sampler_function
+        if k == self.steps or sample not in PREDICTING:
+            return sample(self._denoiser, x, self._sigmas[: k + 1], **walk)
+        try:
+            sample(_Until(self._denoiser, self._sigmas[k]), x, self._sigmas.clone(), **walk)
+        except _Shown as shown:
+            return shown.x
 
     @torch.no_grad()
     def noised(self, x: Tensor, noise: Tensor, k: int) -> Tensor:
@@ -338,14 +347,20 @@ class ComfyStudent:
 
     @torch.no_grad()
     def redrawn(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """``x0`` with a little of ``noise`` laid over it and denoised, as by a sampler of that one step: of what does
-        not look like the model's own pictures (stains, false lines), a part is gone then."""
+        """``x0`` with a little of ``noise`` laid over it and denoised, as by a sampler of that one step, by the prompts
+        of the last step: of what does not look like the model's own pictures (stains, false lines), a part is gone
+        then."""
         sigma, options = self._redrawing[0], self._extra_args["model_options"]
         x = self._guider.inner_model.model_sampling.noise_scaling(sigma, noise.clone(), x0, False)
         self._denoiser.noise = noise
         # some patches look up the step in the schedule by its sigma
         one_step = {**options["transformer_options"], "sample_sigmas": self._redrawing}
-        return self._denoised(x, sigma, model_options={**options, "transformer_options": one_step})
+        conds = self._guider.conds
+        self._guider.conds = _active_at(self._sigmas[-2].item(), conds)
+        try:
+            return self._denoised(x, sigma, model_options={**options, "transformer_options": one_step})
+        finally:
+            self._guider.conds = conds
 
     def _denoised(self, x: Tensor, sigma: Tensor, **other_args) -> Tensor:
         self.turns.need(self.model)
@@ -388,6 +403,26 @@ class ComfyStudent:
         return self.decode(self.finished(seed, prompt)).clamp(0, 1)
 
 
+class _Shown(Exception):
+    def __init__(self, x: Tensor):
+        self.x = x
+
+
+class _Until:
+    """A denoiser that raises ``_Shown`` with x when it is shown a picture at ``sigma``."""
+
+    def __init__(self, denoiser, sigma: Tensor):
+        self.denoiser, self.sigma = denoiser, sigma
+
+    def __getattr__(self, name: str):
+        return getattr(self.denoiser, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        if sigma.flatten()[0] <= self.sigma * 1.0001:  # which samplers convert there and back
+            raise _Shown(x)
+        return self.denoiser(x, sigma, **kwargs)
+
+
 class _Loop(comfy.samplers.Sampler):
     """The ``Sampler`` that, instead of sampling, gives the student its working parts and runs the training loop."""
 
@@ -428,9 +463,22 @@ class _Loop(comfy.samplers.Sampler):
 
 def _sigma_of(noise: float, model_sampling) -> float:
     """The sigma at which noise is so many times as strong as a picture."""
-    if isinstance(model_sampling, comfy.model_sampling.CONST):  # sigma * noise + (1 - sigma) * picture
-        return noise / (1 + noise)
+    if isinstance(model_sampling, comfy.model_sampling.CONST):  # sigma * scale * noise + (1 - sigma) * picture
+        return noise / (getattr(model_sampling, "noise_scale", 1.0) + noise)
     return noise * model_sampling.sigma_data
+
+
+def _active_at(sigma: float, conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Those of a draw's conds whose range of steps has ``sigma`` in it, for steps of any sigma."""
+    start, end = "timestep_start", "timestep_end"  # ComfyUI's, in sigmas
+    return {
+        name: [
+            {key: value for key, value in cond.items() if key not in (start, end)}
+            for cond in several
+            if cond.get(end, 0.0) <= sigma <= cond.get(start, math.inf)
+        ]
+        for name, several in conds.items()
+    }
 
 
 def _swaps_weights(conditioning: list) -> bool:

@@ -185,7 +185,7 @@ def train(
     finite, settled = [], False
     try:
         for step in range(1, settings.steps + 1):
-            now = settings.at(step, run.checks[-1].changes.get("strangeness", 0.0))
+            now = settings.at(step, looks.latest.changes.get("strangeness", 0.0))
             loss, scores, image = passes(student, judge, objective, now, rng)
             norm = torch.nn.utils.clip_grad_norm_(parameters, now.clip)
             # read together: the host waits for the GPU once a step
@@ -315,14 +315,15 @@ def one_pass(
     Returns:
         Loss, mean score [Q], pictures [B, 3, H, W], unclamped.
     """
-    before = shown(untaught(student, noise, k), settings, rng) if objective.compares else None
+    before = [untaught(student, noise, k)] if objective.compares else []
     with torch.set_grad_enabled(not student.takes_turns):
         x0 = student.predict(x, k)
         image = student.decode(x0)
 
     # The judge sees what a user will see; its graph ends here. Saturated pixels keep their gradient.
     seen = image.detach().clamp(0, 1).requires_grad_()
-    loss, scores = objective(judge, shown(seen, settings, rng), before)
+    *before, shot = shown([*before, seen], settings, rng)
+    loss, scores = objective(judge, shot, *before)
     (loss * judge.gradient_scale).backward()
     if student.takes_turns:
         x0 = student.predict(x, k)
@@ -355,9 +356,14 @@ def holding(student, settings: Settings, rng: torch.Generator, x0: Tensor, x: Te
     return 2 / x0.numel() * push
 
 
-def shown(images: Tensor, settings: Settings, rng: torch.Generator) -> Tensor:
-    """``images`` [B, 3, H, W] as the judge gets them during training."""
-    return with_noise(varied(images, settings.augment, rng), settings.judge_noise, rng)
+def shown(batches: list[Tensor], settings: Settings, rng: torch.Generator) -> list[Tensor]:
+    """Batches of pictures [B, 3, H, W] as the judge gets them during training: all varied alike, so that it sees no
+    change between them that is not the LoRA's."""
+    alike, shots = rng.get_state(), []
+    for images in batches:
+        rng.set_state(alike)
+        shots.append(varied(images, settings.augment, rng))
+    return [with_noise(images, settings.judge_noise, rng) for images in shots]
 
 
 @torch.no_grad()

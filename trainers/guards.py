@@ -59,7 +59,8 @@ def diversity(images: Tensor) -> float:
 def changes(before: Tensor, after: Tensor) -> dict[str, float]:
     """What became of pictures [B, 3, H, W] in 0..1, B > 1: for each of ``RELATIVE`` the change as a share of what it
     was, for ``clipped`` how much of the picture was added, and ``distance``, the mean difference of pixels (0..1) if
-    both are of the same seeds."""
+    both are of the same seeds. Where half precision overflowed, pictures count as black."""
+    before, after = before.nan_to_num(), after.nan_to_num()
     was, now = ({name: value.mean().item() for name, value in look(x).items()} for x in (before, after))
     was["diversity"], now["diversity"] = diversity(before), diversity(after)
     result = {name: (now[name] - was[name]) / max(was[name], floor) for name, floor in RELATIVE.items()}

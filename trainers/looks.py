@@ -79,6 +79,11 @@ class Looks:
         self._enough = max(1, min(HOLDING, settings.steps // (settings.check_every or 1) // 2))
         self._keep(first)
 
+    @property
+    def latest(self) -> Check:
+        """The latest look, but for those at which pictures had drifted, from whose LoRAs training went back."""
+        return self._since[-1]
+
     def due(self, step: int) -> bool:
         """Whether it is time for a look; after the last step it is."""
         every = self.settings.check_every
@@ -139,17 +144,19 @@ class Looks:
         """Draw seeds to the end, from ``first`` on, ask the judges about them and compare them with the same of the
         untaught model; None: these are."""
         latents = [self.student.finished(first + i, prompt) for i, prompt in enumerate(self._prompts)]
-        batches = [self.student.decode(x0).clamp(0, 1) for x0 in latents]
+        batches = [self.student.decode(x0).clamp(0, 1).cpu() for x0 in latents]
+        device = latents[0].device
         before = [None] * len(batches)
         if self.objective.compares:
-            before = untaught.pictures.to(batches[0]).split(len(batches[0])) if untaught else batches
+            before = untaught.pictures.split(len(batches[0])) if untaught else batches
 
         def answers(judge) -> Tensor:
             """Mean scores [batches, Q], batch by batch, so that a look needs no more of the judge's memory than a
             step."""
-            return torch.stack([self.objective(judge, *pair)[1].mean(dim=0) for pair in zip(batches, before)])
+            pairs = ([None if one is None else one.to(device) for one in pair] for pair in zip(batches, before))
+            return torch.stack([self.objective(judge, *pair)[1].mean(dim=0) for pair in pairs])
 
-        pictures, changed = torch.cat(batches).cpu(), {}
+        pictures, changed = torch.cat(batches), {}
         taken_out = self._taken_out(latents, first)
         if untaught:
             changed = changes(untaught.pictures, pictures)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import comfyui_version
 import torch
+from comfy.model_base import ModelType
 
 from ..vlm.question import TEACH, Question
 from .dual_process import Run, Settings
@@ -57,6 +58,8 @@ def metadata(
     rank = adapter.A.shape[0]
     model_class = type(student.model.model.model_config).__name__
     base, architecture = BASES.get(model_class, (model_class.lower(), model_class.lower()))
+    if model_class == "SD20" and student.model.model.model_type == ModelType.V_PREDICTION:
+        base, architecture = "sd_v2_v", "stable-diffusion-v2-768-v"
     taught = [question for question in objective.questions if question.role == TEACH]
     title = "; ".join(f"{question.text} {question.answer}" for question in taught)
     height, width = run.checks[-1].pictures.shape[-2:]

@@ -20,19 +20,23 @@ def prompt_texts(
     Nodes that make up text as they run (a language model, a wildcard) give what they are told, not what they say.
 
     Args:
-        node: gives the node of an id as ComfyUI's API form writes it, ``{"inputs": {name: value or [id, output]}}``.
+        node: gives the node of an id as ComfyUI's API form writes it, ``{"class_type": name, "inputs": {name:
+            value or [id, output]}}``.
         trainer: id of the trainer's node.
     """
     inputs = node(trainer)["inputs"]
-    found = [text for name in names if name in inputs for text in _texts(node, inputs[name])]
+    found = [text for name in names if name in inputs for text in _texts(node, inputs[name], name == "negative")]
     return list(dict.fromkeys(found))
 
 
-def _texts(node: Callable[[str], dict], value) -> list[str]:
+def _texts(node: Callable[[str], dict], value, unwanted: bool) -> list[str]:
+    """``unwanted``: follow the negative prompt through nodes that hand on both, as those that apply a ControlNet do."""
     if isinstance(value, str):
         return [value] if value.strip() else []
-    if not isinstance(value, list):
+    if not isinstance(value, list) or node(value[0])["class_type"] == "ConditioningZeroOut":
         return []
     inputs = node(value[0])["inputs"]
     names = sorted(filter(HANDED_ON.fullmatch, inputs), key=lambda name: name != "prompts")  # these come before
-    return [text for name in names for text in _texts(node, inputs[name])]
+    if unwanted and "negative" in inputs:
+        names = ["negative"]
+    return [text for name in names for text in _texts(node, inputs[name], unwanted)]

@@ -209,7 +209,8 @@ def _changes(report: Report) -> str:
     """How the kept pictures differ from those before, with a bar to either side for each measure."""
     found = report.after.changes
     if not found:
-        return "<p>Nothing was trained.</p>"
+        kept = "The LoRA that was kept changes nothing." if report.loss else "Nothing was trained."
+        return f"<p>{kept}</p>"
     noticed = faults(found, NOTICEABLE)
     widest = max(NOTICEABLE, *(abs(found[name]) for name in MEASURES))
     rows = []

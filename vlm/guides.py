@@ -36,6 +36,7 @@ STRIP = 1 / 6  # height of the palette, as a share of the frame's height
 MARGIN = 1 / 16  # from the stroke to the frame's edge, as a share of its shorter side
 
 Colour = tuple[int, int, int]
+MOST_SWATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Palette:
         colours: red, green and blue of each swatch, 0..255, left to right.
 
     Raises:
-        ValueError: there is not a colour.
+        ValueError: there is not a colour, or more than ``MOST_SWATCHES``.
     """
 
     colours: tuple[Colour, ...]
@@ -78,6 +79,8 @@ class Palette:
     def __post_init__(self) -> None:
         if not self.colours:
             raise ValueError("The palette is empty: give hex codes such as #e07a5f, or connect a reference picture.")
+        if len(self.colours) > MOST_SWATCHES:
+            raise ValueError(f"The palette has {len(self.colours)} colours: give {MOST_SWATCHES} at most.")
 
     def draw(self, height: int, width: int) -> Tensor:
         """See ``overlay.Drawing``."""

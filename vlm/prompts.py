@@ -42,7 +42,8 @@ class PromptWriter:
             place of the chat template when given.
 
     Raises:
-        ValueError: there is neither a chat template nor a ``template``, or the processor cannot be used.
+        ValueError: there is neither a chat template nor a ``template``, a ``template`` lacks one of its places or comes
+            with a ``system`` prompt, or the processor cannot be used.
     """
 
     def __init__(self, processor, name: str, system: str = "", suffix: str = "", template: str = ""):
@@ -55,6 +56,15 @@ class PromptWriter:
             raise ValueError(
                 f"{name} has no chat template: choose an instruction-tuned model, or give a prompt template such as "
                 '"{image}Question: {question} Answer:".'
+            )
+        if missing := [place for place in ("{image}", "{question}") if template and place not in template]:
+            raise ValueError(
+                f"The prompt template of {name} has no {' and no '.join(missing)}. Write, for example, "
+                '"{image}Question: {question} Answer:".'
+            )
+        if template and system:
+            raise ValueError(
+                f"A prompt template is all that {name} is told: write the system prompt into it, or leave one empty."
             )
         self.inputs = ModelInputs(processor, name, self.render("Is this a picture?", 1))
         # Pictures of one size always expand to the same tokens, so a training loop tokenises each question once.
