@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -24,6 +25,38 @@ def test_importing_the_package_needs_neither_comfyui_nor_anything_heavy():
     code = "import sys, dual_process; sys.exit(', '.join({'torch', 'transformers', 'comfy'} & set(sys.modules)) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert result.returncode == 0, f"imported by the package: {result.stderr}"
+
+
+def test_what_the_registry_gets_is_all_that_the_nodes_need(comfyui, tmp_path):
+    def tracked(*options):
+        found = subprocess.run(
+            ["git", "ls-files", "-c", *options], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return set(found.stdout.splitlines())
+
+    left_out = tracked("-i", "-X", ".comfyignore")
+    assert {"dev.py", "tiny/scenes.py", "tests/conftest.py"} <= left_out
+    for name in tracked() - left_out:
+        (tmp_path / "published" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "published" / name)
+    code = """
+import asyncio, sys
+from pathlib import Path
+from dual_process.demo.comfyui import use_comfyui
+use_comfyui(Path("base"))
+import utils.extra_config
+sys.path.insert(0, ".")
+from published import comfy_entrypoint
+nodes = asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
+nodes = {node.GET_SCHEMA().node_id: node for node in nodes}
+nodes["DualProcessTinyTextEncoder"].execute()
+judge = nodes["DualProcessJudgeLoader"].define_schema().inputs[0].options[0]
+nodes["DualProcessJudgeLoader"].execute(judge, "auto", "auto", "none")
+print(sorted(name for name in sys.modules if name.startswith("dual_process")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "dual_process.nodes" not in result.stdout and "dual_process.tiny" not in result.stdout
 
 
 def test_every_template_has_a_thumbnail_and_every_thumbnail_a_template():
