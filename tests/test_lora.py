@@ -151,4 +151,9 @@ def test_no_file_outside_the_loras_folder(tmp_path, prefix):
 def test_a_name_longer_than_files_can_have(tmp_path):
     with pytest.raises(ValueError, match="longer than 200 bytes"):
         new_lora_path(tmp_path, "dual_process/" + "ä" * 101)
+    with pytest.raises(ValueError, match="longer than 200 bytes"):
+        new_lora_path(tmp_path, "ä" * 101 + "/horizon")
     save_lora({"x": torch.ones(1)}, new_lora_path(tmp_path, "ä" * 100))
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="mine is a file"):
+        new_lora_path(tmp_path, "mine/horizon")

@@ -26,12 +26,16 @@ def file_start(root: Path, prefix: str) -> Path:
     """``<root>/<prefix>``: the folder and the beginning of the name of files to come.
 
     Raises:
-        ValueError: ``prefix`` is empty, leads out of ``root``, or is no name that can be written.
+        ValueError: ``prefix`` is empty, leads out of ``root``, is no name that can be written, or leads through a file.
     """
     if "\0" in prefix or root.resolve() not in (start := (root / prefix).resolve()).parents:
         raise ValueError(f"'{prefix}' is not a file name inside {root}. Use something like 'dual_process/horizon'.")
-    if len(start.name.encode()) > LONGEST_NAME:
-        raise ValueError(f"The name '{start.name[:20]}…' is longer than {LONGEST_NAME} bytes. Choose a shorter one.")
+    for name in start.relative_to(root.resolve()).parts:
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"The name '{name[:20]}…' is longer than {LONGEST_NAME} bytes. Choose a shorter one.")
+    for folder in start.parents:
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file, so nothing can be written into it. Choose another name.")
     return start
 
 
@@ -41,7 +45,7 @@ def new_lora_path(root: Path, prefix: str) -> Path:
     No file is written over and no gap is filled: only the number of a deleted newest file is given again.
 
     Raises:
-        ValueError: ``prefix`` is empty or leads out of ``root``.
+        ValueError: as ``file_start``.
     """
     start = file_start(root, prefix)
     pattern = re.compile(re.escape(start.name) + r"_(\d+)\.safetensors")
