@@ -23,6 +23,7 @@ folder_paths.add_model_folder_path("checkpoints", str(TINY / "models"))
 
 
 NO_LORA = "none"
+LOADED = {".json", ".jinja", ".model", ".safetensors", ".txt"}  # what files of a judge end in
 BITS = {"none": None, "8-bit": 8, "4-bit": 4}
 
 
@@ -150,11 +151,16 @@ class JudgeLoader(io.ComfyNode):
         return refusal(lambda name: folder_and_root(judges(), name), judge)
 
     @classmethod
-    def fingerprint_inputs(cls, judge, lora=NO_LORA, **_):
-        """When the newest file of the judge, or of its LoRA, was written."""
-        folders = [judges().get(judge), discover_adapters(roots()).get(lora)]
-        files = (file for folder in folders if folder for file in folder.iterdir())
-        return max((file.stat().st_mtime_ns for file in files if file.exists()), default=None)
+    def fingerprint_inputs(cls, judge, lora=NO_LORA, hub_id="", **_):
+        """Names, times and sizes of the files of the judge, unless it is the Hub's, which is downloaded only once this
+        is known, and of its LoRA."""
+        folders = [None if hub_id else judges().get(judge), discover_adapters(roots()).get(lora)]
+        return sorted(
+            (file.name, file.stat().st_mtime_ns, file.stat().st_size)
+            for folder in folders
+            for file in (folder.iterdir() if folder else ())
+            if file.suffix in LOADED and file.is_file()
+        )
 
 
 def _further_inputs() -> list[io.Input]:

@@ -75,8 +75,9 @@ def lora_inputs() -> tuple[io.Input, io.Input]:
 def unlisted(lora_name: str | None, lora) -> str | bool:
     """What ``validate_inputs`` returns of ``lora_inputs``. ComfyUI itself would refuse a file that is not there even
     where a connected LoRA, which is None here, takes its place."""
-    read = lora_name is not None and lora is not None
-    if read and lora_name != FROM_TRAINER and lora_name not in saved_loras():
+    if lora_name in (None, FROM_TRAINER) or lora is None:
+        return True
+    if not (lora_name.endswith(READABLE) and folder_paths.get_full_path("loras", lora_name)):
         return f"There is no '{lora_name}' in models/loras. Press R if it has just come, or choose another."
     return True
 
@@ -185,15 +186,15 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, filename_prefix, format=COMFYUI):
-        check_choices(cls.define_schema().inputs, {"format": format})
         root = loras_folder()
         path = new_lora_path(root, filename_prefix)
         name = path.relative_to(root).as_posix()
         try:
+            check_choices(cls.define_schema().inputs, {"format": format})
             written = to_diffusers(lora) if format == DIFFUSERS else lora
         except ValueError as error:
             write_lora(lora, path)  # hours of training may be in it, and a file in the other format is worth them
-            raise ValueError(f"{error} So that nothing is lost, it was saved in that format as {name}.") from error
+            raise ValueError(f"{error} So that nothing is lost, it was saved in ComfyUI's format as {name}.") from error
         write_lora(written, path)
         ups = [tensor for key, tensor in lora.items() if key.endswith(".lora_B.weight")]
         blank = bool(ups) and not any(map(torch.any, ups))

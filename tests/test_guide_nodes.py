@@ -143,7 +143,7 @@ def test_with_a_judge_its_own_size_is_seen(client):
     [
         ("PaletteGuide", {"colours": "#e07a5f, sand"}, '"sand" is not a colour: write hex codes'),
         ("PaletteGuide", {"colours": " "}, "The palette is empty: give hex codes"),
-        ("PaletteGuide", {"colours": "#123 " * 17}, "The palette has 17 colours: give 16 at most"),
+        ("PaletteGuide", {"colours": "#123 " * 33}, "The palette has 33 colours: give 32 at most"),
         ("CompositionGuide", {}, "connect one of the two"),
         ("GuideFromImage", {"image": ["two", 0]}, "A guide is one picture, but 2 are connected"),
         ("CompositionGuide", {"sketch": ["picture", 0]}, "The guide covers the whole picture"),

@@ -102,6 +102,15 @@ def test_a_prompt_template_without_one_of_its_places_is_one_sentence(template, m
         Judge(model, processor, "Qwen2-VL", template=template)
 
 
+def test_a_prompt_template_may_have_the_models_own_token_for_a_picture():
+    model, processor = vlm_families.build("Qwen2-VL")
+    own, ours = (
+        Judge(model, processor, "Qwen2-VL", template=image + "{question}").prompts.render("Warm?", 1)
+        for image in (processor.image_token, "{image}")
+    )
+    assert own == ours and processor.image_token in own
+
+
 def test_a_prompt_template_is_all_that_is_told():
     model, processor = vlm_families.build("Qwen2-VL")
     with pytest.raises(ValueError, match="write the system prompt into it"):

@@ -83,12 +83,13 @@ def test_what_is_in_no_list_is_refused(loaders, models, box):
 
 
 def test_a_folder_that_was_written_anew_is_loaded_again(loaders, models):
-    written = loaders.JudgeLoader.fingerprint_inputs
+    written, weights = loaders.JudgeLoader.fingerprint_inputs, models / "someone" / "tiny" / "model.safetensors"
     before = written(judge="someone/tiny", dtype="auto")
-    assert before == written(judge="someone/tiny", dtype="auto", hub_id="else/tiny")
-    os.utime(models / "someone" / "tiny" / "model.safetensors", ns=(before + 1, before + 1))
-    assert written(judge="someone/tiny", dtype="auto") == before + 1
-    assert written(judge=None, dtype="auto") is written(judge="gone", dtype="auto") is None
+    (models / "someone" / "tiny" / "NOTES.md").touch()
+    assert before == written(judge="someone/tiny", dtype="auto")
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns - 1))
+    assert before != written(judge="someone/tiny", dtype="auto")
+    assert written(judge=None) == written(judge="gone") == written(judge="someone/tiny", hub_id="else/tiny") == []
 
 
 def test_attention_and_dtype_are_as_chosen(loaders, models):

@@ -101,8 +101,8 @@ def test_a_half_precision_model_gets_a_float32_lora():
     assert net.blocks[0].mlp[0](torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
 
 
-def test_activations_are_kept_once_in_their_own_dtype():
-    """By query, key and value in bfloat16 together; gradients are nearly those of the product in float32."""
+def test_activations_are_kept_in_their_own_dtype_and_may_be_written_into():
+    """By query, key and value in bfloat16; gradients are nearly those of the product in float32."""
     layers = nn.ModuleDict({name: nn.Linear(16, 16).bfloat16().requires_grad_(False) for name in "qkv"})
     lora = LoRA(dict(layers.items()), rank=2, alpha=6.0, seed=0)
     for adapter in lora.adapters:
@@ -113,8 +113,8 @@ def test_activations_are_kept_once_in_their_own_dtype():
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
         updated = torch.stack([layer(x) for layer in layers.values()])
     lora.eject()
-    pictures = [saved for saved in kept if saved.numel() == x.numel()]
-    assert {saved.dtype for saved in pictures} == {torch.bfloat16} and len({s.data_ptr() for s in pictures}) == 1
+    x += 1
+    assert [saved.dtype for saved in kept if saved.numel() == x.numel()] == 3 * [torch.bfloat16]
 
     updates = [(3.0 * start.float() @ adapter.A.T @ adapter.B.T).bfloat16() for adapter in lora.adapters]
     formula = torch.stack([layer(start) + update for layer, update in zip(layers.values(), updates)])

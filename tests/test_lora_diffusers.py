@@ -158,7 +158,7 @@ def test_a_lora_that_the_format_cannot_hold_is_saved_in_comfyuis_and_said(build)
     from dual_process.nodes.lora import DIFFUSERS, SaveLoRA
 
     *_, file = build("FLUX.2")
-    with pytest.raises(ValueError, match="no diffusers name .* saved in that format as formats/flux2_00001"):
+    with pytest.raises(ValueError, match="no diffusers name .* saved in ComfyUI's format as formats/flux2_00001"):
         SaveLoRA.execute(file, "formats/flux2", DIFFUSERS)
     assert load_file(folder_paths.get_full_path("loras", "formats/flux2_00001.safetensors")).keys() == file.keys()
 

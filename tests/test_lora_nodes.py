@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dual_process.tests.gradients import give_lora_a_value
 from dual_process.trainers.lora_file import save_lora
@@ -149,8 +150,11 @@ def test_a_damaged_file_is_named(lab, loras):
         (loras / "broken.safetensors").unlink()
 
 
-def test_a_format_that_is_in_no_list_is_refused(lab, loras):
+def test_a_format_that_is_in_no_list_is_refused_but_the_lora_is_saved(lab, loras):
     from dual_process.nodes.lora import SaveLoRA
 
-    with pytest.raises(ValueError, match="format is 'Diffusers', which is not one of its choices: ComfyUI, diffusers"):
-        SaveLoRA.execute(lab.build_student("SD3").lora.export(), "sub/word", "Diffusers")
+    tensors = lab.build_student("SD3").lora.export()
+    with pytest.raises(ValueError, match="not one of its choices: ComfyUI, diffusers.* saved .* as sub/other_00001"):
+        SaveLoRA.execute(tensors, "sub/other", "Diffusers")
+    assert load_file(loras / "sub" / "other_00001.safetensors").keys() == tensors.keys()
+    (loras / "sub" / "other_00001.safetensors").unlink()

@@ -103,6 +103,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``y`` [..., out_features] plus the update at ``x`` [..., in_features], computed in the dtype of ``x``."""
+        if x.dtype != self.A.dtype and torch.is_grad_enabled():
+            x = x.clone()  # LTX-Video's blocks write into what the layer was given, which backward needs here
         down = F.linear(x, self.A.to(x.dtype)) * self.scale
         up = self.B.T.to(x.dtype)
         if y.dtype != down.dtype:

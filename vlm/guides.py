@@ -36,7 +36,7 @@ STRIP = 1 / 6  # height of the palette, as a share of the frame's height
 MARGIN = 1 / 16  # from the stroke to the frame's edge, as a share of its shorter side
 
 Colour = tuple[int, int, int]
-MOST_SWATCHES = 16
+MOST_SWATCHES = 32  # narrower ones could not be told apart
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ class PromptWriter:
         name: what the judge is called in error messages.
         system: system prompt; empty for none.
         suffix: text added to every question after a space, for example "Answer with Yes or No."
-        template: prompt for models without a chat template, with ``{image}`` and ``{question}`` in it; used in
-            place of the chat template when given.
+        template: prompt for models without a chat template, with ``{image}`` (or the model's own token for a picture)
+            and ``{question}`` in it; used in place of the chat template when given.
 
     Raises:
         ValueError: there is neither a chat template nor a ``template``, a ``template`` lacks one of its places or comes
@@ -57,7 +57,9 @@ class PromptWriter:
                 f"{name} has no chat template: choose an instruction-tuned model, or give a prompt template such as "
                 '"{image}Question: {question} Answer:".'
             )
-        if missing := [place for place in ("{image}", "{question}") if template and place not in template]:
+        self._image = getattr(processor, "image_token", "<image>")
+        there = template.replace(self._image, "{image}")
+        if missing := [place for place in ("{image}", "{question}") if template and place not in there]:
             raise ValueError(
                 f"The prompt template of {name} has no {' and no '.join(missing)}. Write, for example, "
                 '"{image}Question: {question} Answer:".'
@@ -73,8 +75,8 @@ class PromptWriter:
     def render(self, question: str, images: int) -> str:
         """The prompt for ``question`` about ``images`` pictures, ending where the model's answer begins."""
         if self.template:
-            image = getattr(self.processor, "image_token", "<image>") * images
-            return self.template.replace("{image}", image).replace("{question}", self._asked(question))
+            with_images = self.template.replace("{image}", self._image * images)
+            return with_images.replace("{question}", self._asked(question))
         return self._chat(question, images, None)
 
     def _encode(self, question: str, answer: str, sizes: tuple[Size, ...]) -> Prompt:
