@@ -350,7 +350,7 @@ def test_the_anchor_holds_back():
 
 
 def test_holding_comes_lazily():
-    """After the beginning: in the first of four steps, four times as strongly, with room for four times the gradient."""
+    """After the beginning: in every fourth step, four times as strongly, with room for four times the gradient."""
     settings = Settings(anchor=0.5, prior=2.0, clip=1.0)
     late = dual_process.HELD_FIRST + 1
     assert all(settings.at(step) == settings for step in range(1, late))
