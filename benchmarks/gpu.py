@@ -33,7 +33,7 @@ from torch import nn
 from dual_process.benchmarks.memory import MB
 from dual_process.benchmarks.pairs import flux, idefics3, qwen2_5_vl, random_pair, smol_judge, start_comfyui
 from dual_process.benchmarks.ways import DEFAULT, Ours, Published, machine, report
-from dual_process.trainers.dual_process import HELD_EVERY, HELD_FIRST
+from dual_process.trainers.dual_process import HELD_EVERY
 from dual_process.trainers.live_memory import LiveMemory
 from dual_process.vlm.memory import out_of_memory
 
@@ -221,7 +221,7 @@ def measure(make: Callable[[], Ours], gauge: Gauge, repeats: int) -> dict:
     try:
         way = make()
         gauge.seconds(way, 1)
-        steps = [gauge.seconds(way, HELD_FIRST + 1 + i) for i in range(repeats)]
+        steps = [gauge.seconds(way, 1 + i) for i in range(repeats)]
         found = {
             "steps_per_second": 1 / statistics.fmean(steps),
             **gauge.peaks_mb(way, 1),

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dual_process.benchmarks.pairs import Pair
-from dual_process.trainers.dual_process import HELD_EVERY, HELD_FIRST, Settings, one_pass
+from dual_process.trainers.dual_process import HELD_EVERY, Settings, one_pass
 from dual_process.trainers.live_memory import LiveMemory
 from dual_process.trainers.memory_plan import MemoryPlan, plan_memory
 from dual_process.vlm.plain import extended, repeated
@@ -299,7 +299,7 @@ def outside_torch(way: Ours) -> float:
     inputs.pixels = record_function("preparation of pictures")(inputs.pixels)
     try:
         for step in range(1 + HELD_EVERY):  # the first warms up
-            way.run(0, measured, step=HELD_FIRST + step)
+            way.run(0, measured, step=step)
     finally:
         del inputs.pixels
     in_torch, seconds = map(sum, zip(*taken[1:]))

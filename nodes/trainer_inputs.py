@@ -241,7 +241,6 @@ def _further() -> list[io.Input]:
             optional=True,
             tooltip="How strongly what the model without the LoRA would clean away, such as stains, seams and false "
             "lines, is kept out of pictures. Raise it when pictures get dirty; lower it when the answer does not move, "
-            "at high cfg, and to 0 for colours. 0 also saves two passes of the model in the first 40 "
-            "steps and in every fourth after them.",
+            "at high cfg, and to 0 for colours. 0 also saves two passes of the model in every fourth step.",
         ),
     ]

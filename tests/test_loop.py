@@ -350,16 +350,14 @@ def test_the_anchor_holds_back():
 
 
 def test_holding_comes_lazily():
-    """After the beginning: in every fourth step, four times as strongly, with room for four times the gradient."""
+    """In the first of four steps, four times as strongly, with room for four times the gradient."""
     settings = Settings(anchor=0.5, prior=2.0, clip=1.0)
-    late = dual_process.HELD_FIRST + 1
-    assert all(settings.at(step) == settings for step in range(1, late))
-    held, *free, again = (settings.at(step) for step in range(late, late + 5))
+    held, *free, again = (settings.at(step) for step in range(1, 6))
     assert (held.anchor, held.prior, held.clip) == (2.0, 8.0, 4.0) and again == held
     assert free == [replace(settings, anchor=0.0, prior=0.0)] * 3
-    assert settings.at(late, 2.1) == settings.at(late + 1, 2.1) == settings and settings.at(late + 1, 1.9) == free[0]
+    assert settings.at(1, 2.1) == settings.at(2, 2.1) == settings and settings.at(2, 1.9) == free[0]
     colours = replace(settings, prior=0.0)
-    assert colours.at(2) == colours.at(late + 1, 9.0) == free[0], "without a prior nothing is cleaned"
+    assert colours.at(2, 9.0) == free[0], "without a prior strangeness tells nothing"
     nothing = Settings(anchor=0.0, prior=0.0)
     assert all(nothing.at(step) == nothing for step in range(1, 6))
 
@@ -377,15 +375,13 @@ def test_after_a_retreat_its_pictures_decide_how_often_steps_hold(monkeypatch):
     assert asked[back + 1] == run.checks[best].changes["strangeness"] != run.checks[back].changes["strangeness"]
 
 
-def test_pictures_are_cleaned_in_every_fourth_step_only(monkeypatch):
-    """After the first two."""
-    monkeypatch.setattr(dual_process, "HELD_FIRST", 2)
+def test_pictures_are_cleaned_in_every_fourth_step_only():
     student, seen, so_far = GreyStudent(), [], []
     clean = student.redrawn
     student.redrawn = lambda x0, noise: seen.append(1) or clean(x0, noise)
     settings = Settings(steps=6, check_every=0)
     train(student, BrightnessJudge(), Objective([Question("?")]), settings, lambda *_: so_far.append(len(seen)))
-    assert [after - before for before, after in zip(so_far, so_far[1:])] == [2, 0, 0, 2, 0]
+    assert [after - before for before, after in zip(so_far, so_far[1:])] == [0, 0, 0, 2, 0]
 
 
 class DimStudent(GreyStudent):
@@ -398,7 +394,6 @@ class DimStudent(GreyStudent):
 def test_pictures_are_cleaned_in_every_step_where_they_have_strayed(monkeypatch):
     """A look, which cleans once itself, comes after step 4."""
     monkeypatch.setattr(dual_process, "STRAYED", 0.9)
-    monkeypatch.setattr(dual_process, "HELD_FIRST", 0)
     student, seen, so_far = PalingStudent(), [], []
     clean = student.redrawn
     student.redrawn = lambda x0, noise: seen.append(1) or clean(x0, noise)
@@ -408,8 +403,8 @@ def test_pictures_are_cleaned_in_every_step_where_they_have_strayed(monkeypatch)
 
 
 def test_the_prior_holds_back_only_what_is_not_the_model_s_own():
-    often = {"check_every": 0, "anchor": 0.0}
-    free, _, _ = teach(prior=1e-6, **often)  # next to nothing, so that all are clipped alike
+    often = {"check_every": 0, "anchor": 1e-6}  # of next to nothing, so that all are clipped alike
+    free, _, _ = teach(prior=0.0, **often)
     natural, _, _ = teach(prior=50.0, **often)
     held, _, _ = teach(student=DimStudent(), prior=50.0, **often)
     assert natural.lora.shift.item() == pytest.approx(free.lora.shift.item(), rel=0.1)

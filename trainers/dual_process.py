@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**32  # training noises come from here on, so that seeds people type are never trained on
 STRIKES = 4  # steps without a finite gradient that end a run; from the second on they are scaled by less
-HELD_FIRST = 40  # steps that all hold pictures, while it is decided what is where
 HELD_EVERY = 4  # of so many steps one holds pictures, so many times as strongly, see ``Settings.at``
 STRAYED = 2.0  # strangeness of a look from which on every step holds pictures; see ``guards.STRANGE``
 RETREATS = 3  # times that a run whose pictures drift goes back to its best look, each time at a third of the rate
@@ -101,10 +100,10 @@ class Settings:
         every ``HELD_EVERY`` steps only, and then so many times as strong: lazy regularisation (StyleGAN2, Karras et
         al., arXiv 1912.04958, appendix B). The norm may be as many times as large then, or clipping would let them be
         outweighed by the steps between; where it cuts those, pictures are held more strongly than in every step. Where
-        there is a prior, both come in every one of the ``HELD_FIRST`` steps, and wherever pictures are ``STRAYED``
-        already: at high rates three steps between are too far to stray.
+        there is a prior, and pictures are ``STRAYED`` already, both come in every step: at high rates three steps
+        between are too far to stray.
         """
-        if not (self.anchor or self.prior) or (self.prior and (step <= HELD_FIRST or strangeness > STRAYED)):
+        if not (self.anchor or self.prior) or (self.prior and strangeness > STRAYED):
             return self
         if (step - 1) % HELD_EVERY:
             return replace(self, anchor=0.0, prior=0.0)
