@@ -160,6 +160,8 @@ TINY_LESSONS = [
 WITH_A_GUIDE = " with a guide"
 # this judge is not as sure about guides as about plain questions, and one wanted height makes pictures alike by itself
 FOLLOWING = {"target": 0.9, "stop_at": 0.85, "drift_limit": 0.5, "learn_at": "early steps"}
+# an outline hides the line that it asks for, so that the judge does not see its stains
+OUTLINED = FOLLOWING | {"prior": 8.0}
 TINY_GUIDED_LESSONS = [
     Lesson(
         f"Teach the horizon{WITH_A_GUIDE}",
@@ -207,7 +209,7 @@ TINY_GUIDED_LESSONS = [
         guide_values={"labels": "sky"},
         area=(0, 0, 1, 0.375),
         try_this="Change the *height* of *Area*, from 14 to 50 of the picture's 64 pixels.",
-        training=FOLLOWING,
+        training=OUTLINED,
         holds={"horizon": "Yes"},
     ),
     Lesson(
@@ -287,7 +289,7 @@ LESSONS = [
         guide_values={"labels": "house"},
         try_this="Paint your own area: *Load Image*, *Open in MaskEditor*, and connect its mask instead. A batch of "
         "masks makes several areas, with one label per line.",
-        training=FOLLOWING,
+        training=OUTLINED,
     ),
     Lesson(
         "Teach common sense",
