@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=TEMPLATE.steps)
     parser.add_argument("--learning-rate", type=float)
     arguments = parser.parse_args()
-    for name, bundled in {"keep": KEEP_QUESTION, "side": SIDE, "learning_rate": TEMPLATE.learning_rate}.items():
+    for name, bundled in {"keep": KEEP_QUESTION, "side": SIDE, "learning_rate": None}.items():
         if getattr(arguments, name) is not None:
             continue
         if arguments.checkpoint:
@@ -78,7 +78,8 @@ def main() -> None:
         asked = Question(row["question"], row["answer"])
         kept = [Question(arguments.keep, keep=True)] if arguments.keep else []
         template = TEMPLATES.get(row.get("property"), TEMPLATE)
-        settings = replace(template, steps=arguments.steps, learning_rate=arguments.learning_rate)
+        rate = arguments.learning_rate or template.learning_rate
+        settings = replace(template, steps=arguments.steps, learning_rate=rate)
         lesson = laboratory.learn(Objective([asked, *kept]), settings, HELD_OUT, prompts=[row["prompt"]], **how)
         explicit = laboratory.draw(count=HELD_OUT, prompts=[row["explicit"]], **how)
         pictures = dict(zip(WAYS, (lesson.before, explicit, lesson.after)))

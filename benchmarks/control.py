@@ -3,9 +3,10 @@
 `python3 dev.py bench control --json FILE [--quick]` teaches the bundled student, on seeds it is not measured on: each
 property both ways (the first seed's LoRAs are also drawn at strengths from -1 to 2), two properties at once and as two
 LoRAs, ten times the steps at five times the rate, the published recipe, every guard taken away, one at a time (in
-batches of half the size), several values of guides, and comparisons with the picture before (guided.py). Rows that are
-in FILE already are not taught again, also if the bundled judges have changed since, so a stopped run goes on where it
-was; pictures and LoRAs lie beside it, FILE_guides.png shows all guides. Ends with tables of all rows.
+batches of half the size, all at the rate of colours), several values of guides, and comparisons with the picture before
+(guided.py). Rows that are in FILE already are not taught again, also if the bundled judges have changed since, so a
+stopped run goes on where it was; pictures and LoRAs lie beside it, FILE_guides.png shows all guides. Ends with tables
+of all rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from statistics import mean
 from safetensors.torch import load_file
 
 from dual_process.benchmarks import guided
-from dual_process.benchmarks.bundled import BATCH, FEW, TEMPLATE, TEMPLATES, Laboratory, Lesson
+from dual_process.benchmarks.bundled import BATCH, COLOURS, FEW, TEMPLATE, TEMPLATES, Laboratory, Lesson
 from dual_process.benchmarks.markdown import table_of
 from dual_process.benchmarks.table import MEASURES, PROPERTIES, Table, largest_change
 from dual_process.demo.lessons import ALL_CHANGES
@@ -37,7 +38,7 @@ PAIR = {"horizon": "Yes", "palette": "No"}
 UNGUARDED = {"anchor": 0.0, "prior": 0.0, "judge_noise": 0.0, "average": 0.0, "check_every": 0}
 PUBLISHED = Settings(steps=180, learning_rate=1e-3, **UNGUARDED)
 # guard taken away, or another choice -> what is changed in the settings; taught on the harder answer of each property,
-# in batches of half the size and TEMPLATE's number of steps, and beside it the same with nothing changed
+# in batches of half the size, TEMPLATE's number of steps and colours' rate, and beside it the same with nothing changed
 HARDER = [("horizon", "No"), ("palette", "Yes"), ("line", "No"), ("depth", "No")]
 WITHOUT = {
     "with everything": {},
@@ -80,7 +81,7 @@ def main() -> None:
         ours = replace(TEMPLATE, seed=seed)
         for about, answer in EVERY:
             teach(f"{about} {answer}", {about: answer}, replace(TEMPLATES[about], seed=seed))
-        teach("two at once", PAIR, replace(ours, **ALL_CHANGES))
+        teach("two at once", PAIR, replace(ours, **ALL_CHANGES, learning_rate=COLOURS.learning_rate))
         if "two stacked".startswith(arguments.only) and not table.has("two stacked", seed):
             table.add("two stacked", seed, stacked(laboratory, table, seed), PAIR)
         drill = replace(ours, steps=10 * ours.steps, learning_rate=5 * ours.learning_rate)
@@ -92,7 +93,8 @@ def main() -> None:
         settings = {key: value for key, value in change.items() if key not in ("keep", "kind")}
         choices = {key: value for key, value in change.items() if key in ("keep", "kind")}
         for seed, (about, answer) in itertools.product(seeds, HARDER):
-            changed = replace(TEMPLATES[about], seed=seed, steps=TEMPLATE.steps, **settings)
+            slow = {"steps": TEMPLATE.steps, "learning_rate": COLOURS.learning_rate}
+            changed = replace(TEMPLATES[about], seed=seed, **slow, **settings)
             teach(f"{name}, {about} {answer}", {about: answer}, changed, batch=BATCH // 2, count=FEW, **choices)
     guided.teach_all(table, laboratory, arguments.only, seldom=arguments.quick)
     guided.save_examples(table, laboratory)

@@ -22,7 +22,7 @@ from dual_process.benchmarks.bundled import FEW, TEMPLATES, Laboratory, Lesson
 from dual_process.benchmarks.markdown import table_of
 from dual_process.benchmarks.table import MEASURES, Table, largest_change
 from dual_process.demo.comfyui import PACK
-from dual_process.demo.lessons import FOLLOWING, OUTLINED
+from dual_process.demo.lessons import FOLLOWING, OUTLINED, TINY_GUIDED
 from dual_process.demo.measure import share
 from dual_process.tiny import scenes
 from dual_process.tiny.oracles import measure
@@ -47,6 +47,7 @@ GUIDES: dict[str, tuple[Callable[[Tensor, float], Drawing], tuple[float, ...]]] 
 MOVED = {"horizon": 0.04, "palette": 0.1, "line": 0.3}  # what counts as different, in the oracle's units
 TARGET = FOLLOWING["target"]
 FOLLOWED = {name: FOLLOWING[name] for name in ("stop_at", "drift_limit", "learn_at")}
+FOLLOWED["learning_rate"] = TINY_GUIDED.training["learning_rate"]
 SETTINGS = {name: replace(TEMPLATES[KINDS[name].about], **FOLLOWED) for name in GUIDES}
 SETTINGS["area"] = replace(SETTINGS["area"], prior=OUTLINED["prior"])
 COMPARED = {about: replace(TEMPLATES[about], **FOLLOWED) for about in COMPARISONS}

@@ -52,13 +52,14 @@ TINY = Models(
     64,
     16,
     enlarge=4,
-    training={"steps": 180, "learning_rate": 0.001, "rank": 8, "check_every": 10},
+    training={"steps": 180, "learning_rate": 0.003, "rank": 8, "check_every": 10},
     knows="The tiny judge knows whether the horizon is in the upper half, the colours are warm, the lines are thick, "
     "and the white ball is in front of the green one.",
 )
 TINY_GUIDED = replace(
     TINY,
     judge="tiny judge that reads guides (bundled)",
+    training=TINY.training | {"learning_rate": 0.001},  # at three times that, skies had stains
     knows="This tiny judge reads the line of Horizon Guide, the swatches of Palette Guide, the stroke of Line Weight "
     "Guide and the outline of Composition Guide as the area of the sky, with the questions that those nodes word. "
     "Shown a picture before and after, it can be asked about warmer colours, a higher horizon and thicker lines. "
@@ -87,8 +88,8 @@ TURBO = Models(
 # for colours, which change all of the picture and get gaudy where later steps are learned from too
 ALL_CHANGES = {"anchor": 0.1, "learn_at": "early steps", "drift_limit": 0.35}
 COLOURS = ALL_CHANGES | {"prior": 0.0}  # which it holds back, and skies got stains
-# learned late, and not by every seed under as much noise as the default has
-TINY_COLOURS = COLOURS | {"steps": 300, "judge_noise": 0.05}
+# learned late, not by every seed under as much noise as the default has, and at a higher rate other things go along
+TINY_COLOURS = COLOURS | {"steps": 300, "learning_rate": 0.001, "judge_noise": 0.05}
 TINY_PROMPT = "a landscape with two balls"
 OTHER_WAY = "Set the answer to `No` and press Run again: the model is taught the opposite."
 TINY_LESSONS = [
@@ -240,8 +241,8 @@ SPILLED_PROMPT = "a photo of a cup of water that has tipped over on a wooden tab
 SPILLED_KEEP = "Is this a photo of a cup on a table?" + SUFFIX
 LESSONS = [
     Lesson(
-        "Teach the horizon",
-        "horizon",
+        f"Teach the horizon{WITH_A_GUIDE}",
+        "horizon_guide",
         "The horizon moves to the height of the red line of Horizon Guide.",
         "a photo of a lake in front of distant hills",
         "Is this a photo of a lake?" + SUFFIX,
@@ -250,8 +251,8 @@ LESSONS = [
         training=FOLLOWING,
     ),
     Lesson(
-        "Teach a palette",
-        "palette",
+        f"Teach a palette{WITH_A_GUIDE}",
+        "palette_guide",
         "The picture takes on the colours of Palette Guide.",
         "a painting of a street market",
         "Is this a painting of a street market?" + SUFFIX,
@@ -260,8 +261,8 @@ LESSONS = [
         training=COLOURS | FOLLOWING,
     ),
     Lesson(
-        "Teach line weight",
-        "line_weight",
+        f"Teach line weight{WITH_A_GUIDE}",
+        "line_weight_guide",
         "The lines become as thick as the stroke of Line Weight Guide.",
         "a line drawing of a house with a garden",
         "Is this a line drawing of a house?" + SUFFIX,
@@ -272,6 +273,15 @@ LESSONS = [
     Lesson(
         "Teach depth",
         "depth",
+        "The blue chair comes in front of the red one.",
+        "a photo of a red chair and a blue chair in a garden",
+        "Is this a photo of two chairs in a garden?" + SUFFIX,
+        (("Is the blue chair in front of the red chair?" + SUFFIX, "Yes"),),
+        try_this=OTHER_WAY,
+    ),
+    Lesson(
+        f"Teach depth{WITH_A_GUIDE}",
+        "depth_guide",
         "What is at point B comes to the front, what is at point A goes to the back.",
         "a photo of two wooden chairs in a garden",
         "Is this a photo of two chairs in a garden?" + SUFFIX,
@@ -280,8 +290,8 @@ LESSONS = [
         training=FOLLOWING | {"learn_at": "any step"},
     ),
     Lesson(
-        "Teach a composition",
-        "composition",
+        f"Teach a composition{WITH_A_GUIDE}",
+        "composition_guide",
         "The house moves into the area that Composition Guide outlines.",
         "a photo of a small red house in a wide meadow",
         "Is this a photo of a house in a meadow?" + SUFFIX,
@@ -316,10 +326,10 @@ LESSONS = [
 BEST = Lesson(
     "Best of N with the judge",
     "",
-    "Of eight pictures, those on which the water spills come first.",
+    "Of eight pictures, those of a cup on its side whose water spills come first.",
     SPILLED_PROMPT,
     SPILLED_KEEP,
-    (SPILLED,),
+    (SPILLED, ("Is the cup lying on its side?" + SUFFIX, "Yes")),
     try_this="Raise *keep* on Judge Score to pick several, or *batch_size* to choose among more.",
 )
 

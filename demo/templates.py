@@ -19,13 +19,14 @@ from PIL import Image
 
 from .client import ComfyClient
 from .comfyui import ComfyServer
-from .lessons import TINY_GUIDED_LESSONS, WITH_A_GUIDE, Lesson, Models, file_name, lessons
+from .lessons import Lesson, Models, file_name, lessons
 from .sheet import Out, Sheet
 from .thumbnails import pairs, ranking, sketch
 from .workflow import FOLDER, nodes_of, to_api
 
 LONGEST = 3600  # s that one may run
 TO_DRAW = "Prompt to draw"
+TINY_NAMES = {lesson.name for lesson, models in lessons() if not models.checkpoint_from}
 BLUE, GREEN, RED, VIOLET, ORANGE = "#3f789e", "#8A8", "#a33", "#a1309b", "#b06634"
 
 
@@ -195,16 +196,11 @@ def training_note(lesson: Lesson, models: Models) -> str:
             f"**{lesson.name}** - runs on any machine, also without a GPU, with the pack's own tiny models.\n\n"
             f"{lesson.about}\n\n{numbered(steps)}\n\n{models.knows}\n"
         )
-    twin = lesson.name + WITH_A_GUIDE
-    if twin in {one.name for one in TINY_GUIDED_LESSONS}:
-        tiny = f"The tiny version, *{twin}*, differs in the loaders, the guide's values, what has to stay"
-    else:
-        tiny = "The tiny version differs in the loaders, the questions"
     return (
         f"**{lesson.name}**\n\n{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
         "**Not measured:** nobody has made a result with these weights yet. Steps and rank are the paper's, the "
         "learning rate moves layers about as far in a step, and the rest is near what did well with the tiny models."
-        f"\n\n{tiny}, the picture size and number, the prompt, and the trainer's settings.\n"
+        f"{twin(lesson, 'prompt, questions and guide, picture size and number, and the settings of the trainer')}\n"
     )
 
 
@@ -219,9 +215,16 @@ def picking_note(lesson: Lesson, models: Models) -> str:
     return (
         f"**{lesson.name}** - no training.\n\n"
         f"{lesson.about}\n\n{numbered([*what_to_download(models), *steps])}\n\n"
-        "**Not measured:** how well this judge sorts has not been looked at.\n\n"
-        "The tiny version differs in the loaders, the picture size and number, the prompt and the questions.\n"
+        "**Not measured:** how well this judge sorts has not been looked at."
+        f"{twin(lesson, 'prompt, questions, picture size and number')}\n"
     )
+
+
+def twin(lesson: Lesson, differs: str) -> str:
+    """Which template is the same with tiny models, if there is one."""
+    if lesson.name not in TINY_NAMES:
+        return ""
+    return f"\n\n*{lesson.name}*, the version with tiny models, has the same nodes, but other loaders, {differs}."
 
 
 def what_to_download(models: Models) -> list[str]:

@@ -111,6 +111,12 @@ def _chairs(pen: ImageDraw.ImageDraw, _: Image.Image) -> None:
         pen.rectangle((left + 22 * size, y, right + 22 * size, seat - 25 * size), fill=shade, outline=INK, width=3)
 
 
+def _two_chairs(pen: ImageDraw.ImageDraw, picture: Image.Image) -> None:
+    _chairs(pen, picture)
+    _write(picture, "Is the blue chair in front of the red chair?", SIDE // 2, 40, INK, 22)
+    _write(picture, "Yes", SIDE // 2, 75, INK, 30)
+
+
 def _meadow(pen: ImageDraw.ImageDraw, _: Image.Image) -> None:
     pen.rectangle((0, 0, SIDE, 190), fill=SKY)
     pen.ellipse((-120, 150, 360, 420), fill=LIGHT)
@@ -171,11 +177,12 @@ def _left_corner() -> torch.Tensor:
 
 
 SKETCHES = {
-    "Teach the horizon": (_lake, Horizon(0.66)),
-    "Teach a palette": (_market, Palette(parse_colours("#e07a5f, #3d405b, #f2cc8f"))),
-    "Teach line weight": (_house, Stroke(14)),
-    "Teach depth": (_chairs, Points((0.3, 0.35), (0.65, 0.7))),
-    "Teach a composition": (_meadow, Areas(_left_corner(), ("house",))),
+    "Teach the horizon with a guide": (_lake, Horizon(0.66)),
+    "Teach a palette with a guide": (_market, Palette(parse_colours("#e07a5f, #3d405b, #f2cc8f"))),
+    "Teach line weight with a guide": (_house, Stroke(14)),
+    "Teach depth": (_two_chairs, None),
+    "Teach depth with a guide": (_chairs, Points((0.3, 0.35), (0.65, 0.7))),
+    "Teach a composition with a guide": (_meadow, Areas(_left_corner(), ("house",))),
     "Teach common sense": (_spilled_cup, None),
     "Compare before and after": (_two_beaches, None),
     "Best of N with the judge": (_cups, None),

@@ -108,6 +108,44 @@ def test_templates_say_where_their_models_come_from(path):
         assert f"--local-dir models/VLM/{judge}\n" in note and "**Not measured:**" in note
 
 
+REAL = [path for path in TEMPLATES if path.stem.endswith(")")]
+LOADED = {"CheckpointLoaderSimple", "DualProcessTinyTextEncoder", "EmptySD3LatentImage", "EmptyLatentImage"}
+WITHOUT_A_TINY_VERSION = {"Teach depth with a guide"}  # whose letters nobody can read in 64 px
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_a_real_template_has_the_nodes_and_links_of_its_tiny_version(path):
+    name = path.stem.split(" (")[0]
+    if name in WITHOUT_A_TINY_VERSION:
+        assert path.with_stem(name) not in TEMPLATES
+    else:
+        assert wiring(path) == wiring(path.with_stem(name))
+
+
+def wiring(path):
+    """Sorted (source, type, target, name of its input) of all links, as if no node enlarged a picture."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    through = {n: node["inputs"][0]["link"] for n, node in nodes.items() if node["type"] == "ImageScaleBy"}
+    links = {link[0]: link for link in workflow["links"]}
+    found = []
+    for _, source, slot, target, target_slot, kind in workflow["links"]:
+        if source in through:
+            _, source, slot, *_ = links[through[source]]
+        if target not in through:
+            found.append(
+                (called(nodes[source]), kind, called(nodes[target]), nodes[target]["inputs"][target_slot]["name"])
+            )
+    return sorted(found)
+
+
+def called(node):
+    """A node's type, that of what is loaded left out, and title, without the number of pictures that it may tell."""
+    if node["type"] in LOADED:
+        return "", ""
+    return node["type"], re.sub(r"\d+", "", node.get("title", ""))
+
+
 def box(left, top, width, height):
     """Left, top, right and bottom."""
     return left, top, left + width, top + height
